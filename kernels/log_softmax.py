@@ -1,0 +1,120 @@
+"""Temperature-scaled log-softmax, forward and backward.
+
+Math    out = x/T − lse(x/T);  dx = (dy − exp(x/T − lse)·Σ dy)/T
+Shapes  x, out, dy, dx [B, S, V] bf16|fp16|fp32, last stride 1; lse [N] fp32
+Bytes   e bytes an element: forward 3e (x is read twice), backward 4e (dy is read twice). The floor is 2e and 3e; the
+        second read of a row of 256 KB comes from L2 as long as there are few rows in flight.
+Grid    one program a row, BLOCK columns a step, the second walk backwards
+"""
+
+import triton
+import triton.language as tl
+from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
+from fastkd.kernels.lse import (
+    LN_2,
+    LOG2_E,
+    align,
+    load_tile,
+    new_peak,
+    row_start,
+    store_tile,
+    tile_at,
+    tile_range,
+)
+
+
+@triton.jit
+def log_softmax_kernel(
+    x_ptr, out_ptr, lse_ptr, inner_rows, x_outer, x_inner, out_outer, out_inner, columns, temperature,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    start, head = align(row_start(row, inner_rows, x_outer, x_inner), VEC, PEEL)
+    out_start = align(row_start(row, inner_rows, out_outer, out_inner), VEC, PEEL)[0]
+    x_ptr += start
+    out_ptr += out_start
+    length = columns + head
+    inv_t = 1.0 / temperature
+    k = inv_t * LOG2_E
+
+    peak = -float("inf")
+    total = tl.zeros([BLOCK], tl.float32)
+    for masked in tl.static_range(2):
+        first, end = tile_range(length, BLOCK, PEEL, masked)
+        for i in tl.range(first, end):
+            tile = tile_at(i, first, end, length, BLOCK, masked, False)
+            x = load_tile(x_ptr, tile, head, columns, BLOCK, masked)[1]
+            old = peak
+            peak, shift = new_peak(old, x)
+            total = total * tl.exp2((old - shift) * k) + tl.exp2((x - shift) * k)
+    lse = peak * inv_t + tl.log2(tl.sum(total, 0)) * LN_2
+    tl.store(lse_ptr + row, lse)
+
+    for step in tl.static_range(2):
+        first, end = tile_range(length, BLOCK, PEEL, 1 - step)
+        for i in tl.range(first, end):
+            tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
+            x = load_tile(x_ptr, tile, head, columns, BLOCK, 1 - step)[1]
+            store_tile(out_ptr, tile, head, columns, x * inv_t - lse, BLOCK, 1 - step)
+
+
+@triton.jit
+def log_softmax_backward_kernel(
+    dy_ptr, x_ptr, lse_ptr, dx_ptr, inner_rows, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, columns,
+    temperature, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    start, head = align(row_start(row, inner_rows, dy_outer, dy_inner), VEC, PEEL)
+    x_start = align(row_start(row, inner_rows, x_outer, x_inner), VEC, PEEL)[0]
+    dx_start = align(row_start(row, inner_rows, dx_outer, dx_inner), VEC, PEEL)[0]
+    dy_ptr += start
+    x_ptr += x_start
+    dx_ptr += dx_start
+    length = columns + head
+    inv_t = 1.0 / temperature
+    k = inv_t * LOG2_E
+
+    total = tl.zeros([BLOCK], tl.float32)
+    for masked in tl.static_range(2):
+        first, end = tile_range(length, BLOCK, PEEL, masked)
+        for i in tl.range(first, end):
+            tile = tile_at(i, first, end, length, BLOCK, masked, False)
+            cols, dy = load_tile(dy_ptr, tile, head, columns, BLOCK, masked)
+            if masked:
+                dy = tl.where((cols >= 0) & (cols < columns), dy, 0.0)
+            total += dy
+    grad_sum = tl.sum(total, 0)
+    lse = tl.load(lse_ptr + row) * LOG2_E
+
+    for step in tl.static_range(2):
+        first, end = tile_range(length, BLOCK, PEEL, 1 - step)
+        for i in tl.range(first, end):
+            tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
+            x = load_tile(x_ptr, tile, head, columns, BLOCK, 1 - step)[1]
+            dy = load_tile(dy_ptr, tile, head, columns, BLOCK, 1 - step)[1]
+            dx = (dy - tl.exp2(x * k - lse) * grad_sum) * inv_t
+            store_tile(dx_ptr, tile, head, columns, dx, BLOCK, 1 - step)
+
+
+def log_softmax(x, out, lse, temperature: float) -> None:
+    """Fill ``out`` and ``lse`` [N] from [B, S, V] views ``x``, ``out``."""
+    outer, inner, columns = x.shape
+    if outer * inner == 0:
+        return
+    with device_of(x):
+        log_softmax_kernel[(outer * inner,)](
+            x, out, lse, inner, *row_strides(x), *row_strides(out), columns, temperature,
+            **alignment(x, out), **launch_options(columns),
+        )  # fmt: skip
+
+
+def log_softmax_backward(dy, x, lse, dx, temperature: float) -> None:
+    """Fill ``dx`` from [B, S, V] views ``dy``, ``x`` and the normalisers ``lse`` [N]."""
+    outer, inner, columns = x.shape
+    if outer * inner == 0:
+        return
+    with device_of(x):
+        log_softmax_backward_kernel[(outer * inner,)](
+            dy, x, lse, dx, inner, *row_strides(dy), *row_strides(x), *row_strides(dx), columns, temperature,
+            **alignment(dy, x, dx), **launch_options(columns),
+        )  # fmt: skip

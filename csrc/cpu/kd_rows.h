@@ -1,0 +1,331 @@
+// One row of the distillation loss, on one core.
+//
+// Math    row.h. Stage 1 keeps the exponentials of z and u, each tile relative to its own peak; stages 2 and 3 only
+//         multiply them by one factor a tile, so a column costs two exponentials in all.
+//         S comes with stage 1 where a mean of d under p_t or p_s gives it (Moment). Near 0, where that mean has no
+//         digits left, it is summed again from terms that are small themselves; a true mixture is always summed so.
+// Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32 (u and dz fp64 too), last stride 1; labels [N] int64; scales, losses [N]
+//         fp32; stats [N, 5] fp32. scratch: three rows and three tiles of float, and nine numbers a tile.
+// Bytes   of memory: reads z and u, writes dz, each once. Of the cache: 8 a column written and read for the
+//         exponentials, and z and u again where g or a small S needs d.
+#pragma once
+
+#include <cmath>
+#include <initializer_list>
+#include <type_traits>
+
+#include "convert.h"
+#include "tile.h"
+
+namespace fastkd {
+inline namespace FASTKD_ISA {
+
+inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+
+inline Hard hard_mode(const KDRowsParams& p) {
+    if (p.labels == nullptr) return Hard::kNone;
+    if (p.u.data != nullptr)
+        for (int power = 1; power <= 4; ++power)
+            if (p.temperature == static_cast<float>(power)) return static_cast<Hard>(power);
+    return Hard::kOwn;
+}
+
+template <Hard kHard>
+struct HardTag {
+    static constexpr Hard value = kHard;
+};
+
+// Calls visit with the tag of the mode; without a soft term a power has nothing to be a power of.
+template <bool kSoft, class Visit>
+inline void with_hard(Hard mode, Visit&& visit) {
+    if constexpr (kSoft) {
+        switch (mode) {
+            case Hard::kNone: return visit(HardTag<Hard::kNone>());
+            case Hard::kPower1: return visit(HardTag<Hard::kPower1>());
+            case Hard::kPower2: return visit(HardTag<Hard::kPower2>());
+            case Hard::kPower3: return visit(HardTag<Hard::kPower3>());
+            case Hard::kPower4: return visit(HardTag<Hard::kPower4>());
+            case Hard::kOwn: break;
+        }
+    }
+    return visit(HardTag<Hard::kOwn>());
+}
+
+// Stands for the divergence where there is no soft term.
+struct NoDivergence {
+    static constexpr bool kGradNeedsRatio = false;
+    static constexpr Moment kMoment = Moment::kNone;
+    static constexpr GradSum kGradSum = GradSum::kConstant;
+};
+
+template <class Functor>
+class Row {
+    static constexpr bool kSoft = !std::is_same_v<Functor, NoDivergence>;
+    static constexpr bool kSummed = kSoft && Functor::kGradSum == GradSum::kSummed;
+
+   public:
+    Row(const KDRowsParams& params, const Functor& functor, int64_t row, float* scratch)
+        : p_(params), functor_(functor), row_(row), n_(params.n), hard_mode_(hard_mode(params)) {
+        z_row_ = p_.z.row(row, p_.inner_rows);
+        if (kSoft) u_row_ = p_.u.row(row, p_.inner_rows);
+        inv_t_ = 1.0f / p_.temperature;
+        k_ = kSoft ? static_cast<float>(1.4426950408889634 / p_.temperature) : kLog2E;
+        if (p_.labels) {
+            const int64_t label = p_.labels[row];
+            label_ = label >= 0 && label < n_ ? label : -1;
+        }
+        const int64_t row_floats = p_.from_stats ? kTile : tiles_of(n_) * kTile;
+        for (float** part : {&e_s_, &e_t_, &e_h_}) *part = scratch, scratch += row_floats;
+        for (float** part : {&z_tile_, &u_tile_, &dz_tile_}) *part = scratch, scratch += kTile;
+        for (float** part : {&z_peaks_, &u_peaks_, &sum_s_, &sum_t_, &sum_h_, &moment_, &by_s_, &by_t_, &by_h_})
+            *part = scratch, scratch += tiles_of(n_);
+    }
+
+    static int64_t scratch_floats(const KDRowsParams& p) {
+        const int64_t tiles = tiles_of(p.n);
+        return 3 * (p.from_stats ? 1 : tiles) * kTile + 3 * kTile + 9 * tiles;
+    }
+
+    void losses_and_gradient() {
+        stage1();
+        normalise();
+        if constexpr (kSoft) finish_soft();
+        if (p_.dz.data) stage3<false>();
+    }
+
+    void gradient_from_stats() {
+        const float* stats = p_.stats + row_ * kNumStats;
+        if (kSoft) {
+            base_.shift = stats[kLseTeacher] - stats[kLseStudent];
+            base_.grad_sum = stats[kGradSum];
+        }
+        rest_ = stats[kLabelRest];
+        // Logits less these give exp((z − shift)/T) = p_s at once.
+        from_stats_[0] = stats[kLseStudent] * p_.temperature;
+        from_stats_[1] = stats[kLseTeacher] * p_.temperature;
+        from_stats_[2] = stats[kLseHard];
+        stage3<true>();
+    }
+
+   private:
+    struct Tile {
+        int64_t index, at;
+        int n;
+        const float *z, *u;
+    };
+
+    Tile tile(int64_t index, bool load_u = true, bool load_z = true) const {
+        const int64_t at = index * kTile;
+        const int n = static_cast<int>(n_ - at < kTile ? n_ - at : kTile);
+        const float* z = load_z ? load_tile(z_row_, p_.z.dtype, at, n, z_tile_) : nullptr;
+        const float* u = kSoft && load_u ? load_tile(u_row_, p_.u.dtype, at, n, u_tile_) : nullptr;
+        return {index, at, n, z, u};
+    }
+
+    // Calls f(first, end, is_label) for the columns of a tile, the label's apart.
+    template <class F>
+    void around_label(const Tile& tile, F&& f) const {
+        const int64_t y = label_ - tile.at;
+        if (label_ < 0 || y < 0 || y >= tile.n) return f(0, tile.n, false);
+        const int at = static_cast<int>(y);
+        if (at > 0) f(0, at, false);
+        f(at, at + 1, true);
+        if (at + 1 < tile.n) f(at + 1, tile.n, false);
+    }
+
+    template <Hard kHard, Moment kMoment>
+    void exponentials_of(const Tile& t, int first, int end, float z_shift, float u_shift, float h_shift, int64_t to,
+                         ExpSums& sums) const {
+        exponentials<kSoft, kHard, kMoment>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
+                                            e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums);
+    }
+
+    void stage1() {
+        float z_peak = -kInfinity, u_peak = -kInfinity;
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            const Tile t = tile(i);
+            z_peaks_[i] = max_of(t.z, t.n);
+            z_peak = z_peaks_[i] > z_peak ? z_peaks_[i] : z_peak;
+            u_peaks_[i] = kSoft ? max_of(t.u, t.n) : 0.0f;
+            u_peak = u_peaks_[i] > u_peak ? u_peaks_[i] : u_peak;
+            if (p_.smoothing > 0.0f && p_.labels) sum_z_ += sum_of(t.z, t.n);
+            ExpSums sums;
+            with_hard<kSoft>(hard_mode_, [&](auto hard) {
+                around_label(t, [&](int first, int end, bool is_label) {
+                    const float others = sums.hard;
+                    exponentials_of<hard.value, Functor::kMoment>(t, first, end, shift_of(z_peaks_[i]), shift_of(u_peaks_[i]),
+                                                                  shift_of(z_peaks_[i]), t.at, sums);
+                    if (is_label) sums.hard = others;
+                });
+            });
+            sum_s_[i] = sums.s, sum_t_[i] = sums.t, sum_h_[i] = sums.hard, moment_[i] = sums.moment;
+        }
+        z_peak_ = z_peak;
+        u_peak_ = u_peak;
+    }
+
+    // The row's normalisers from its tiles'; the hard loss, which needs nothing else.
+    void normalise() {
+        const int64_t tiles = tiles_of(n_);
+        for (int64_t i = 0; i < tiles; ++i) {
+            by_s_[i] = rescale(z_peaks_[i], z_peak_, k_);
+            by_t_[i] = rescale(u_peaks_[i], u_peak_, k_);
+            by_h_[i] = rescale(z_peaks_[i], z_peak_, kLog2E);
+        }
+        double s = 0.0, t = 0.0, h = 0.0;
+        for (int64_t i = 0; i < tiles; ++i) {
+            s += static_cast<double>(by_s_[i]) * sum_s_[i];
+            t += static_cast<double>(by_t_[i]) * sum_t_[i];
+            h += static_cast<double>(by_h_[i]) * sum_h_[i];
+        }
+        total_s_ = s, total_t_ = t;
+        float* stats = p_.stats + row_ * kNumStats;
+        p_.hard[row_] = 0.0f;
+        p_.soft[row_] = 0.0f;
+        if (p_.labels) {
+            const float z_y = label_ < 0 ? kNaN : *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
+            const double others = std::log(h) + z_peak_;
+            const LabelTerm term = label_term(static_cast<float>(others - z_y));
+            total_h_ = h + exp(z_y - shift_of(z_peak_));
+            rest_ = term.rest;
+            const double mean = sum_z_ / static_cast<double>(n_);
+            p_.hard[row_] = p_.smoothing > 0.0f ? static_cast<float>(term.loss + p_.smoothing * (z_y - mean)) : term.loss;
+            stats[kLseHard] = static_cast<float>(std::log(total_h_) + z_peak_);
+            stats[kLabelRest] = rest_;
+        }
+        if (kSoft) {
+            stats[kLseStudent] = static_cast<float>(std::log(s) + static_cast<double>(z_peak_) / p_.temperature);
+            stats[kLseTeacher] = static_cast<float>(std::log(t) + static_cast<double>(u_peak_) / p_.temperature);
+            log_sums_ = std::log(t / s);
+            base_.shift =
+                static_cast<float>((static_cast<double>(u_peak_) - z_peak_) / p_.temperature + log_sums_);
+        }
+    }
+
+    // S and G, by the mean that stage 1 took or by stage 2.
+    void finish_soft() {
+        double value = 0.0;
+        bool digits = false;
+        if constexpr (Functor::kMoment != Moment::kNone) {
+            const double mean = moment() / p_.temperature;
+            if constexpr (Functor::kMoment == Moment::kTeacherRatio) value = mean - log_sums_;
+            if constexpr (Functor::kMoment == Moment::kStudentRatio) value = mean + log_sums_;
+            if constexpr (Functor::kMoment == Moment::kTeacherLog) value = std::log(total_s_) - mean;
+            // The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
+            const double needed = 0.05 + 0.02 * std::fabs(mean);
+            digits = Functor::kMoment == Moment::kTeacherLog || !(value < needed);
+            value *= functor_.weight();
+        }
+        if constexpr (Functor::kGradSum == GradSum::kConstant) base_.grad_sum = -functor_.weight();
+        if constexpr (Functor::kGradSum == GradSum::kFromValue)
+            base_.grad_sum = static_cast<float>(functor_.weight() + value);
+        if constexpr (Functor::kMoment != Moment::kTeacherLog)
+            if (!digits) value = stage2();
+        if (value < 0.0) value = 0.0;
+        p_.soft[row_] = static_cast<float>(value);
+        p_.stats[row_ * kNumStats + kGradSum] = base_.grad_sum;
+    }
+
+    // The mean of what stage 1 summed, relative to the row's peaks instead of each tile's.
+    double moment() const {
+        double sum = 0.0;
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            const double z = shift_of(z_peaks_[i]) - shift_of(z_peak_), u = shift_of(u_peaks_[i]) - shift_of(u_peak_);
+            const bool by_student = Functor::kMoment == Moment::kStudentRatio;
+            const double weight = by_student ? sum_s_[i] : sum_t_[i];
+            const double offset = Functor::kMoment == Moment::kTeacherLog ? z : by_student ? z - u : u - z;
+            if (weight != 0.0) sum += (moment_[i] + offset * weight) * (by_student ? by_s_[i] : by_t_[i]);
+        }
+        return sum / (Functor::kMoment == Moment::kStudentRatio ? total_s_ : total_t_);
+    }
+
+    double stage2() {
+        double value = 0.0, grad_sum = 0.0;
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            const Tile t = tile(i);
+            TermSums sums;
+            if (kSummed && p_.dz.data)
+                evaluate<true>(functor_, t.z, t.u, t.n, factors(i), e_s_ + t.at, e_t_ + t.at, sums);
+            else
+                evaluate<false>(functor_, t.z, t.u, t.n, factors(i), e_s_ + t.at, e_t_ + t.at, sums);
+            value += sums.term;
+            grad_sum += sums.g;
+        }
+        if (kSummed) base_.grad_sum = static_cast<float>(grad_sum);
+        return value;
+    }
+
+    TileFactors factors(int64_t i) const {
+        TileFactors by = base_;
+        by.inv_t = inv_t_;
+        by.p_s = static_cast<float>(by_s_[i] / total_s_);
+        by.p_t = static_cast<float>(by_t_[i] / total_t_);
+        return by;
+    }
+
+    template <bool kFromStats>
+    void stage3() {
+        const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f;
+        const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ : 0.0f;
+        const float smooth = p_.smoothing / static_cast<float>(n_);
+        const float h_from_stats =
+            hard_mode_ == Hard::kOwn ? 1.0f : exp(from_stats_[0] - from_stats_[2]);
+        char* dz_row = p_.dz.row(row_, p_.inner_rows);
+        constexpr GradSource kSource = !kSoft    ? GradSource::kNoSoft
+                                       : kSummed ? GradSource::kKept
+                                                 : GradSource::kFunctor;
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            const bool load = kFromStats || (kSource == GradSource::kFunctor && Functor::kGradNeedsRatio);
+            const Tile t = tile(i, load, load);
+            const int64_t kept = kFromStats ? 0 : t.at;
+            TileFactors by = kFromStats ? base_ : factors(i);
+            if (kFromStats) by.p_s = by.p_t = 1.0f, by.inv_t = inv_t_;
+            float* dz = out_tile(dz_row, p_.dz.dtype, t.at, dz_tile_);
+            with_hard<kSoft>(hard_mode_, [&](auto hard) {
+                if constexpr (kFromStats) {
+                    ExpSums sums;
+                    exponentials_of<hard.value, Moment::kNone>(t, 0, t.n, from_stats_[0], from_stats_[1],
+                                                               from_stats_[2], 0, sums);
+                    if constexpr (kSummed) {
+                        TermSums terms;
+                        evaluate<true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
+                    }
+                }
+                around_label(t, [&](int first, int end, bool is_label) {
+                    by.soft = soft;
+                    if (is_label) {
+                        by.hard = 0.0f;
+                        by.constant = hard_scale * (p_.smoothing - smooth - rest_);
+                    } else if (p_.labels) {
+                        const float p_h =
+                            kFromStats ? h_from_stats : static_cast<float>(by_h_[i] / total_h_);
+                        by.hard = hard_scale * p_h;
+                        by.constant = -hard_scale * smooth;
+                    }
+                    gradient<kSource, hard.value>(functor_, t.z + first, t.u + first, end - first, by,
+                                                  e_s_ + kept + first, e_t_ + kept + first, e_h_ + kept + first,
+                                                  dz + first);
+                });
+            });
+            store_tile(dz_row, p_.dz.dtype, t.at, t.n, dz);
+        }
+    }
+
+    const KDRowsParams& p_;
+    const Functor functor_;
+    const int64_t row_, n_;
+    const Hard hard_mode_;
+    const char *z_row_ = nullptr, *u_row_ = nullptr;
+    float inv_t_, k_;
+    int64_t label_ = -1;
+    // Kept exponentials, tiles as float, and the tiles' shifts, sums and factors.
+    float *e_s_, *e_t_, *e_h_, *z_tile_, *u_tile_, *dz_tile_;
+    float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *by_s_, *by_t_, *by_h_;
+    float z_peak_ = 0.0f, u_peak_ = 0.0f;
+    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0;
+    float rest_ = 0.0f, from_stats_[3] = {};
+    TileFactors base_;
+};
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

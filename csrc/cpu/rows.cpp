@@ -1,0 +1,42 @@
+// The kernels of one instruction set. setup.py compiles this file once for each, with FASTKD_ISA naming it.
+#include <cstring>
+#include <type_traits>
+
+#include "kd_rows.h"
+#include "kernels.h"
+#include "log_softmax.h"
+
+namespace fastkd {
+inline namespace FASTKD_ISA {
+
+int64_t kd_scratch(const KDRowsParams& p) { return Row<NoDivergence>::scratch_floats(p); }
+
+void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
+    const bool hard = p.labels && p.hard_scale[row] != 0.0f;
+    const bool soft = p.u.data && p.soft_scale[row] != 0.0f;
+    const int64_t size = size_of(p.dz.dtype);
+    char* dz = p.dz.data ? p.dz.row(row, p.inner_rows) : nullptr;
+    if (!hard && !soft) {  // not read: a masked row may hold anything
+        if (!p.from_stats) p.hard[row] = p.soft[row] = 0.0f;
+        if (dz) std::memset(dz, 0, p.columns * size);
+        return;
+    }
+    const auto run = [&](const auto& functor) {
+        Row<std::decay_t<decltype(functor)>> one(p, functor, row, scratch);
+        p.from_stats ? one.gradient_from_stats() : one.losses_and_gradient();
+    };
+    const Numbers numbers{static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w};
+    if (!p.u.data)
+        run(NoDivergence());
+    else
+        Divergences::dispatch(numbers, run);
+    if (dz) std::memset(dz + p.n * size, 0, (p.columns - p.n) * size);
+}
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    FASTKD_ISA_NAME, kd_scratch, kd_row, log_softmax_scratch, log_softmax_row, scale_scratch, scale_row,
+};
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

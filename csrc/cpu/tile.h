@@ -1,0 +1,139 @@
+// The stages over a tile of columns in L1: the loops that the compiler vectorises, and nothing else.
+//
+// Sums of a tile are float, one a vector lane; tiles are added in double (lse.h, kd_rows.cpp).
+#pragma once
+
+#include "../row.h"
+#include "convert.h"
+
+namespace fastkd {
+inline namespace FASTKD_ISA {
+
+constexpr int kTile = 1024;  // columns: six tiles of floats are 24 KB of L1
+
+// Largest of n values, −inf for none; NaN is passed over.
+FASTKD_TILE_LOOP inline float max_of(const float* x, int n) {
+    float peak = -kInfinity;
+#pragma omp simd reduction(max : peak)
+    for (int j = 0; j < n; ++j) peak = x[j] > peak ? x[j] : peak;
+    return peak;
+}
+
+FASTKD_TILE_LOOP inline float sum_of(const float* x, int n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n; ++j) sum += x[j];
+    return sum;
+}
+
+FASTKD_TILE_LOOP inline float sum_of_exp(const float* x, int n, float shift, float k) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n; ++j) sum += exp2((x[j] - shift) * k);
+    return sum;
+}
+
+struct ExpSums {
+    float s = 0.0f, t = 0.0f, hard = 0.0f, moment = 0.0f;
+};
+
+// Stage 1: the exponentials of a tile, and their sums.
+//   e_s = exp((z − z_shift)/T), e_t = exp((u − u_shift)/T); e_h = exp(z − h_shift), kept only if it is no power of e_s
+template <bool kSoft, Hard kHard, Moment kMoment>
+FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n, float z_shift, float u_shift, float h_shift,
+                         float k, float* e_s, float* e_t, float* e_h, ExpSums& sums) {
+    float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f;
+#pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment)
+    for (int j = 0; j < n; ++j) {
+        const float z_j = z[j] - z_shift;
+        float s = 0.0f;
+        if constexpr (kSoft) {
+            const float u_j = u[j] - u_shift;
+            s = exp2(z_j * k);
+            const float t = exp2(u_j * k);
+            e_s[j] = s;
+            e_t[j] = t;
+            sum_s += s;
+            sum_t += t;
+            if constexpr (kMoment == Moment::kTeacherRatio) moment += mul0(t, u_j - z_j);
+            if constexpr (kMoment == Moment::kStudentRatio) moment += mul0(s, z_j - u_j);
+            if constexpr (kMoment == Moment::kTeacherLog) moment += mul0(t, z_j);
+        }
+        if constexpr (kHard == Hard::kOwn) {
+            const float h = exp(z[j] - h_shift);
+            e_h[j] = h;
+            sum_h += h;
+        } else if constexpr (kHard != Hard::kNone) {
+            sum_h += integer_power<static_cast<int>(kHard)>(s);
+        }
+    }
+    sums.s += sum_s;
+    sums.t += sum_t;
+    sums.hard += sum_h;
+    sums.moment += moment;
+}
+
+// What turns a tile's exponentials into probabilities, and the numbers of stages 2 and 3.
+struct TileFactors {
+    float p_s = 0.0f, p_t = 0.0f;               // p_s = p_s_factor·e_s, p_t = p_t_factor·e_t
+    float inv_t = 1.0f, shift = 0.0f;           // d = (u − z)·inv_t − shift
+    float soft = 0.0f, grad_sum = 0.0f;         // soft_scale/T, G
+    float hard = 0.0f, constant = 0.0f;         // hard_scale·p_h = hard·e_h; what is added to every column
+};
+
+struct TermSums {
+    float term = 0.0f, g = 0.0f;
+};
+
+// Stage 2: the sums of term and g. g is kept in e_t's place if asked for.
+template <bool kKeepG, class Functor>
+FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, const float* u, int n, const TileFactors& by,
+                     const float* e_s, float* e_t, TermSums& sums) {
+    float sum_term = 0.0f, sum_g = 0.0f;
+    const TileFactors f = by;
+#pragma omp simd reduction(+ : sum_term, sum_g)
+    for (int j = 0; j < n; ++j) {
+        const float d = log_ratio(z[j], u[j], f.inv_t, f.shift);
+        const TermGrad column = functor(0.0f, d, f.p_t * e_t[j], f.p_s * e_s[j]);
+        sum_term += column.term;
+        sum_g += column.g;
+        if constexpr (kKeepG) e_t[j] = column.g;
+    }
+    sums.term += sum_term;
+    sums.g += sum_g;
+}
+
+// Where stage 3 takes g from: nowhere, the functor, or stage 2.
+enum class GradSource { kNoSoft, kFunctor, kKept };
+
+// Stage 3. dz may be z.
+template <GradSource kSource, Hard kHard, class Functor>
+FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, const float* u, int n, const TileFactors& by,
+                     const float* e_s, const float* e_t, const float* e_h, float* dz) {
+    const TileFactors f = by;
+#pragma omp simd
+    for (int j = 0; j < n; ++j) {
+        float sum = f.constant;
+        if constexpr (kSource != GradSource::kNoSoft) {
+            const float p_s = f.p_s * e_s[j];
+            float g;
+            if constexpr (kSource == GradSource::kKept) {
+                g = e_t[j];
+            } else {
+                float d = 0.0f;
+                if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.inv_t, f.shift);
+                g = functor(0.0f, d, f.p_t * e_t[j], p_s).g;
+            }
+            sum += f.soft * soft_gradient(g, p_s, f.grad_sum);
+        }
+        if constexpr (kHard == Hard::kOwn) {
+            sum += f.hard * e_h[j];
+        } else if constexpr (kHard != Hard::kNone) {
+            sum += f.hard * integer_power<static_cast<int>(kHard)>(e_s[j]);
+        }
+        dz[j] = sum;
+    }
+}
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

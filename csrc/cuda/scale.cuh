@@ -1,0 +1,30 @@
+// Scale a gradient by a scalar that lives on the device.
+//
+// Math    x *= s; nothing is read or written if s is 1, as in nearly every training loop's backward
+// Shapes  x [B, S, columns] fp32|bf16|fp16, last stride 1; s 0-d, its address given
+// Bytes   2e an element, e bytes wide, or none
+// Grid    one block a row
+#pragma once
+
+#include "../params.h"
+#include "vec.cuh"
+
+namespace fastkd {
+
+template <class T>
+FASTKD_KERNEL void FASTKD_BOUNDS scale_kernel(const ScaleParams p, const float* scalar) {
+    const float factor = *scalar;
+    if (factor == 1.0f) return;
+    T* row = reinterpret_cast<T*>(p.x.row(block_rank(), p.inner_rows));
+    const int n = static_cast<int>(p.columns), head = head_of(row);
+    const int step = block_threads() * Vec<T>::kColumns;
+    for (int first = thread_rank() * Vec<T>::kColumns - head; first < n; first += step) {
+        const Vec<T> vec = load(row, first, n);
+        float values[Vec<T>::kColumns];
+#pragma unroll
+        for (int j = 0; j < Vec<T>::kColumns; ++j) values[j] = vec[j] * factor;
+        store(row, first, n, values);
+    }
+}
+
+}  // namespace fastkd

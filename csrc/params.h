@@ -1,0 +1,63 @@
+// What a call works on: raw pointers, sizes, strides, numbers. No layer above is visible here, PyTorch least of all.
+#pragma once
+
+#include "numeric.h"
+
+namespace fastkd {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+FASTKD_HD constexpr int64_t size_of(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// [B, S, columns], last stride 1; strides in elements.
+struct Matrix {
+    char* data = nullptr;
+    int64_t outer = 0, inner = 0;
+    DType dtype = DType::kFloat32;
+
+    // The start of row b·S + s, in 64 bits: N·V is beyond 2³¹ in ordinary use.
+    FASTKD_HD char* row(int64_t row, int64_t inner_rows) const {
+        return data + (row / inner_rows * outer + row % inner_rows * inner) * size_of(dtype);
+    }
+};
+
+struct KDRowsParams {
+    Matrix z;                           // [B, S, columns] student logits
+    Matrix u;                           // [B, S, >= n] teacher logits; no data: no soft term
+    Matrix dz;                          // [B, S, columns] gradient; no data: losses alone; may be z
+    const int64_t* labels = nullptr;    // [N]; null: no hard term
+    const float* hard_scale = nullptr;  // [N]
+    const float* soft_scale = nullptr;  // [N]
+    float* hard = nullptr;              // [N]
+    float* soft = nullptr;              // [N]
+    float* stats = nullptr;             // [N, 5], see Stats
+    int64_t rows = 0, inner_rows = 0;   // N = B·S, S
+    int64_t n = 0, columns = 0;         // tokens, and columns of z and dz: those past n get gradient 0
+    float temperature = 1.0f, c_t = 1.0f, c_s = 0.0f, w = 0.0f, smoothing = 0.0f;
+    int formula = 0;
+    bool from_stats = false;            // the gradient alone, from stats
+};
+
+// Columns of the statistics, as in fastkd/_request.py: natural-log normalisers of z, z/T, u/T; G; 1 − p_y.
+enum Stats : int { kLseHard, kLseStudent, kLseTeacher, kGradSum, kLabelRest, kNumStats };
+
+struct LogSoftmaxParams {
+    Matrix x;                          // [B, S, columns] logits
+    Matrix out;                        // [B, S, columns] log-probabilities, or the logits' gradient
+    Matrix dy;                         // [B, S, columns] gradient of the log-probabilities; no data: forward
+    float* lse = nullptr;              // [N] written forward, read backward
+    int64_t rows = 0, inner_rows = 0;  // N = B·S, S
+    int64_t columns = 0;
+    float temperature = 1.0f;
+};
+
+struct ScaleParams {
+    Matrix x;                          // [B, S, columns], scaled in place
+    int64_t rows = 0, inner_rows = 0;  // N = B·S, S
+    int64_t columns = 0;
+    float scalar = 1.0f;
+};
+
+}  // namespace fastkd

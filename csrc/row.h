@@ -1,0 +1,41 @@
+// The three stages of a row, by column. The only place besides the launchers that knows T, scales and labels.
+//
+// Math    stage 1  normalisers lse(z), lse(z/T), lse(u/T), and what can be averaged with their exponentials
+//         stage 2  S = Σ term(a, b) and G = Σ g(a, b), with b = log softmax(z/T), a = log softmax(u/T)
+//         stage 3  dz = hard_scale·(softmax(z) − 1_y) + soft_scale/T·(g − p_s·G)
+//         With t = lse of the columns other than y, less z_y: hard = softplus(t), 1 − p_y = sigmoid(t), both with all
+//         their digits as p_y → 1. Label smoothing ε adds ε·(z_y − mean z) to hard and ε·(1_y − 1/n) to its gradient.
+#pragma once
+
+#include "divergence.h"
+#include "lse.h"
+
+namespace fastkd {
+inline namespace FASTKD_ISA {
+
+// How softmax(z) at temperature 1 comes about: exp(z) = exp(z/T)^T saves an exponential at small integer T.
+enum class Hard : int { kNone = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwn = 5 };
+
+// d = log p_t − log p_s = (u − z)/T − shift: from the difference of the logits, which is exact where they are close.
+FASTKD_HD float log_ratio(float z, float u, float inv_t, float shift) {
+    return (u == z ? 0.0f : u - z) * inv_t - shift;  // u == z: both may be −inf
+}
+
+// T·∂D/∂z. An infinite reverse KL (G = inf) has no gradient; anywhere else G is finite, or the logits hold a NaN.
+FASTKD_HD float soft_gradient(float g, float p_s, float grad_sum) {
+    return grad_sum == kInfinity ? 0.0f : g - p_s * grad_sum;
+}
+
+struct LabelTerm {
+    float loss, rest;  // −log p_y and 1 − p_y
+};
+
+FASTKD_HD LabelTerm label_term(float t) {
+    const float small = exp(-abs(t));
+    const float loss = (t > 0.0f ? t : 0.0f) + log1p(small, 1.0f + small);
+    const float rest = (t > 0.0f ? 1.0f : small) / (1.0f + small);
+    return {t != t ? t : loss, rest};
+}
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

@@ -1,0 +1,13 @@
+"""fastkd: the knowledge-distillation loss over large vocabularies at memory speed."""
+
+from fastkd._dispatch import use_backend as use_backend
+from fastkd._labels import check_labels as check_labels
+from fastkd._version import __version__ as __version__
+from fastkd.divergences import JSD as JSD
+from fastkd.divergences import Divergence as Divergence
+from fastkd.divergences import SkewKL as SkewKL
+from fastkd.divergences import SkewReverseKL as SkewReverseKL
+from fastkd.functional import KDLossParts as KDLossParts
+from fastkd.functional import kd_loss as kd_loss
+from fastkd.functional import log_softmax as log_softmax
+from fastkd.modules import KDLoss as KDLoss

@@ -1,0 +1,54 @@
+"""``python -m fastkd info`` and ``python -m fastkd demo``."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib import metadata, util
+
+import torch
+
+from fastkd import _dispatch
+from fastkd._version import __version__
+
+
+def info() -> int:
+    """Print the versions, and for each device the backends: which one a call uses, and why the others cannot run."""
+    versions = [f"fastkd {__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    versions.append(f"triton {metadata.version('triton')}" if util.find_spec("triton") else "no triton")
+    print(" · ".join(versions))
+    asked = _dispatch.requested(None)
+    for device in [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["cpu"]:
+        logits = torch.empty(1, 1, device=device)
+        refusals = {name: _dispatch.refusal(logits, name) for name in _dispatch.NAMES}
+        used = next((name for name in _dispatch.candidates(logits, asked) if refusals[name] is None), None)
+        print(f"\n{device}  {_device_name(device)}")
+        for name, why in refusals.items():
+            print(f"  {name:<8}{'used by default' if name == used else why or 'usable'}")
+        if asked and used is None:
+            print(f"  calls fail: FASTKD_BACKEND={asked} asks for a backend that cannot run here")
+    return 0
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastkd", description="The knowledge-distillation loss, fast.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, and which backend runs where, with the reason if one cannot")
+    demo = commands.add_parser("demo", help="distil a small model and compare the usual loss with fastkd's")
+    from fastkd import demo as demo_package
+
+    demo_package.add_arguments(demo)
+    options = parser.parse_args(arguments)
+    return info() if options.command == "info" else demo_package.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

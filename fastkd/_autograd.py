@@ -1,0 +1,173 @@
+"""The autograd functions: what is saved, when the gradient is computed, and what is refused. No mathematics.
+
+A scalar loss computes its gradient in forward, while the row is at hand, and backward only scales it by
+``grad_output``. A loss per row keeps statistics in forward and computes the gradient in backward, row scales times
+``grad_output``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from fastkd import _op
+from fastkd._request import RowSpec
+
+# Whether the running backward keeps its graph. Private to PyTorch; without it, assume that it does and copy.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+class _SecondOrder(torch.autograd.Function):
+    """Identity on a gradient; differentiating it is the second derivative that does not exist here."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Any:
+        raise RuntimeError("fastkd has no second-order gradient: its backward cannot be differentiated")
+
+
+def _final(grad: Tensor) -> Tensor:
+    """A gradient on its way out: under create_graph=True it carries a node that refuses to be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SecondOrder.apply(grad.detach().requires_grad_(True))  # type: ignore[no-any-return, no-untyped-call]
+    return grad
+
+
+class _ScalarLoss(torch.autograd.Function):
+    """Σ over the rows. The gradient is computed in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        hard_scale: Tensor | None,
+        soft_scale: Tensor | None,
+        spec: RowSpec,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        rows = (student, teacher, labels, hard_scale, soft_scale, *spec)
+        want_grad = ctx.needs_input_grad[0]
+        inplace = inplace and want_grad
+        if inplace:
+            hard, soft = _op.kd_rows_(*rows, backend)
+            ctx.mark_dirty(student)
+            ctx.save_for_backward(student)
+        else:
+            hard, soft, _, grad = _op.kd_rows(*rows, want_grad, backend)
+            ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(hard, soft)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        loss = _weighted(hard, soft, hard_scale, soft_scale).sum()
+        return (loss, hard, soft, student) if inplace else (loss, hard, soft)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _hard: None, _soft: None, grad_student: Tensor | None = None
+    ) -> Any:
+        if grad_student is not None:
+            raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
+        if grad_loss is None:
+            return (None,) * 8
+        (grad,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
+        else:
+            if _keeps_graph():  # a second backward will want it unscaled
+                grad = grad.clone()
+            if not (grad_loss.is_cpu and grad_loss.item() == 1):  # elsewhere, looking would synchronise
+                _op.scale_(grad, grad_loss, ctx.backend)
+        return _final(grad), *(None,) * 7
+
+
+class _LossPerRow(torch.autograd.Function):
+    """One loss a row. The gradient is computed in backward, from saved statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        hard_scale: Tensor | None,
+        soft_scale: Tensor | None,
+        spec: RowSpec,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        hard, soft, stats, _ = _op.kd_rows(student, teacher, labels, hard_scale, soft_scale, *spec, False, backend)
+        ctx.save_for_backward(student, teacher, labels, hard_scale, soft_scale, stats)
+        ctx.mark_non_differentiable(hard, soft)
+        ctx.set_materialize_grads(False)
+        ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
+        return _weighted(hard, soft, hard_scale, soft_scale), hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
+        if grad_loss is None:
+            return (None,) * 8
+        student, teacher, labels, hard_scale, soft_scale, stats = ctx.saved_tensors
+        hard_scale, soft_scale = (s if s is None else s * grad_loss for s in (hard_scale, soft_scale))
+        rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, ctx.backend)
+        if ctx.inplace:
+            student = student.detach()
+            _op.kd_grad_(student, *rows[1:])
+            return _final(student), *(None,) * 7
+        return _final(_op.kd_grad(*rows)), *(None,) * 7
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
+        log_probs: Tensor
+        log_probs, lse = _op.log_softmax(logits, temperature, dtype, backend)
+        ctx.save_for_backward(logits, lse)
+        ctx.temperature, ctx.backend = temperature, backend
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        logits, lse = ctx.saved_tensors
+        grad = _op.log_softmax_backward(grads[0], logits, lse, ctx.temperature, ctx.backend)
+        return _final(grad), None, None, None
+
+
+def kd_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_scale: Tensor | None,
+    spec: RowSpec,
+    *,
+    per_row: bool,
+    inplace: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum."""
+    function = _LossPerRow if per_row else _ScalarLoss
+    if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
+        student = student.detach()
+    out = function.apply(student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend)  # type: ignore[no-untyped-call]
+    return out[:3]  # type: ignore[no-any-return]
+
+
+def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
+    log_probs: Tensor = _LogSoftmax.apply(logits, temperature, dtype, backend)  # type: ignore[no-untyped-call]
+    return log_probs
+
+
+def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:
+    # A scale of 0 takes an infinite loss away, too: a term of weight 0 is there for its part alone.
+    pairs = ((loss, scale) for loss, scale in ((hard, hard_scale), (soft, soft_scale)) if scale is not None)
+    terms = [(loss * scale).masked_fill(scale == 0, 0.0) for loss, scale in pairs]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]

@@ -1,0 +1,124 @@
+"""Which backend runs a call, and why. The only module that knows the backends' names."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from fastkd._request import Rows, RowSpec
+
+
+class Backend(Protocol):
+    """The row contract. Tensors are [B, S, V] views or [N] vectors (see ``Rows``); outputs are given, and filled."""
+
+    def unavailable(self) -> str | None:
+        """What is missing for this backend on this machine, or None."""
+
+    def unsupported(self, logits: Tensor, teacher: Tensor | None) -> str | None:
+        """Why it cannot run on these logits, or None."""
+
+    def kd_rows(
+        self, rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None
+    ) -> None:
+        """All stages; ``grad`` may be the student's logits."""
+
+    def kd_grad(self, rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
+        """The last stage alone; ``grad`` may be the student's logits."""
+
+    def scale_(self, grad: Tensor, scalar: Tensor) -> None:
+        """``grad *= scalar``, which is 0-d and is read on the device; nothing is written if it is 1."""
+
+    def log_softmax(self, logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
+        """``out = logits/T − lse``; ``lse`` [N] is kept for the backward."""
+
+    def log_softmax_backward(self, grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
+        """``out = (grad − exp(logits/T − lse)·Σ grad)/T``."""
+
+
+# Modules of fastkd.backends. Of those that can run, the automatic choice is the first in the device's list.
+NAMES = ("cuda", "triton", "cpu", "torch")
+# Triton before the compiled CUDA kernels until these have been measured.
+PREFERENCE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
+
+_override = ""
+
+
+class use_backend:
+    """Choose the backend of the calls that name none: for the process, or as a context manager for a block.
+
+    ``None`` returns to the automatic choice. The keyword ``backend=`` goes first, then this, then the environment
+    variable ``FASTKD_BACKEND``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _override
+        self._previous = _override
+        _override = _check_name("use_backend", name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _override
+        _override = self._previous
+
+
+def requested(name: str | None) -> str:
+    """The backend that the caller asked for, by argument, :class:`use_backend` or environment; '' for none."""
+    if name is not None:
+        return _check_name("backend", name)
+    return _override or _from_environment
+
+
+def choose(logits: Tensor, name: str, teacher: Tensor | None = None) -> Backend:
+    """The backend called ``name``, or the device's first that can run on ``logits``.
+
+    Raises:
+        RuntimeError: the one asked for by name cannot; it says why.
+    """
+    for candidate in candidates(logits, name):
+        why = refusal(logits, candidate, teacher)
+        if why is None:
+            return backend(candidate)
+    raise RuntimeError(f"backend {name!r} cannot run here: {why}")
+
+
+def candidates(logits: Tensor, name: str) -> tuple[str, ...]:
+    """The backends to try, in order."""
+    return (name,) if name else PREFERENCE.get(logits.device.type, ("torch",))
+
+
+def refusal(logits: Tensor, name: str, teacher: Tensor | None = None) -> str | None:
+    """Why backend ``name`` cannot run on ``logits``, or None."""
+    return _unavailable(name) or backend(name).unsupported(logits, teacher)
+
+
+@functools.cache
+def backend(name: str) -> Backend:
+    return cast(Backend, importlib.import_module(f"fastkd.backends.{name}"))
+
+
+@functools.cache
+def _unavailable(name: str) -> str | None:
+    return backend(name).unavailable()
+
+
+def _check_name(argument: str, name: Any) -> str:
+    if name is None:
+        return ""
+    if name not in NAMES:
+        raise ValueError(f"{argument}: got {name!r}, must be one of {', '.join(map(repr, sorted(NAMES)))}")
+    return cast(str, name)
+
+
+_from_environment = _check_name("FASTKD_BACKEND", os.environ.get("FASTKD_BACKEND") or None)

@@ -1,0 +1,158 @@
+"""The registered operators ``torch.ops.fastkd.*``: the only schemas, their allocations and their fake implementations.
+
+They are defined through ``torch.library.Library``: a call costs about a quarter of one through
+``torch.library.custom_op`` (benchmarks/overhead.py). None is differentiable by itself; ``_autograd`` makes them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _dispatch, _labels
+from fastkd._request import NUM_STATS, Rows, RowSpec
+from fastkd._views import flat, row_views
+
+_lib = torch.library.Library("fastkd", "DEF")  # type: ignore[no-untyped-call]
+
+_ROWS = "Tensor? teacher, Tensor? labels, Tensor? hard_scale, Tensor? soft_scale"
+_SPEC = "float temperature, int formula, float c_t, float c_s, float w, float label_smoothing, SymInt vocab_size"
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated implementation and its fake under ``schema``; the result calls the operator."""
+
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        _lib.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
+        _lib.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"fastkd::{name}", fake, lib=_lib)
+        return getattr(torch.ops.fastkd, name).default  # type: ignore[no-any-return]
+
+    return register
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _losses(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(hard, soft, stats) for these logits, uninitialised."""
+    rows = student.shape[:-1]
+    dtype, device = _compute_dtype(student), student.device
+    hard, soft = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
+    return hard, soft, torch.empty((*rows, NUM_STATS), dtype=dtype, device=device)
+
+
+def _gradient(student: Tensor, want_grad: bool = True) -> Tensor:
+    return torch.empty(student.shape if want_grad else (0,), dtype=student.dtype, device=student.device)
+
+
+def _fake_kd_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return (*_losses(student), _gradient(student, want_grad=args[-2]))
+
+
+@_define(
+    f"kd_rows(Tensor student, {_ROWS}, {_SPEC}, bool want_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_kd_rows,
+)
+def kd_rows(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hard, soft, stats, gradient): the losses of each row, and the gradient if asked for."""
+    *rest, want_grad, backend = args
+    grad = _gradient(student, want_grad)
+    return *_run_rows(student, grad if want_grad else None, *rest, backend), grad
+
+
+@_define(
+    f"kd_rows_(Tensor(a!) student, {_ROWS}, {_SPEC}, str backend) -> (Tensor, Tensor)",
+    lambda student, *args: _losses(student)[:2],
+)
+def kd_rows_(student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(hard, soft); the gradient is written over ``student``."""
+    return _run_rows(student, student, *args)[:2]
+
+
+@_define(f"kd_grad(Tensor student, {_ROWS}, Tensor stats, {_SPEC}, str backend) -> Tensor", lambda s, *_: _gradient(s))
+def kd_grad(student: Tensor, *args: Any) -> Tensor:
+    """The gradient alone, from the statistics that :func:`kd_rows` gave."""
+    grad = _gradient(student)
+    _run_grad(student, grad, *args)
+    return grad
+
+
+@_define(f"kd_grad_(Tensor(a!) student, {_ROWS}, Tensor stats, {_SPEC}, str backend) -> ()", lambda *_: None)
+def kd_grad_(student: Tensor, *args: Any) -> None:
+    """The same, written over ``student``."""
+    _run_grad(student, student, *args)
+    torch.autograd.graph.increment_version(student)  # a kernel's writes are not seen by autograd
+
+
+@_define("scale_(Tensor(a!) grad, Tensor scalar, str backend) -> ()", lambda *_: None)
+def scale_(grad: Tensor, scalar: Tensor, backend: str) -> None:
+    """``grad *= scalar``, a 0-d tensor that is read on the device; nothing is written if it is 1."""
+    _dispatch.choose(grad, backend).scale_(row_views(grad)[0], scalar)
+
+
+@_define(
+    "log_softmax(Tensor logits, float temperature, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    lambda logits, temperature, dtype, backend: _log_softmax_outputs(logits, dtype),
+)
+def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, normalisers)."""
+    out, lse = _log_softmax_outputs(logits, dtype)
+    logits_view, out_view = row_views(logits, out)
+    _dispatch.choose(logits, backend).log_softmax(logits_view, out_view, flat(lse), temperature)
+    return out, lse
+
+
+@_define(
+    "log_softmax_backward(Tensor grad, Tensor logits, Tensor lse, float temperature, str backend) -> Tensor",
+    lambda grad, logits, *_: _gradient(logits),
+)
+def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, temperature: float, backend: str) -> Tensor:
+    out = _gradient(logits)
+    grad_view, logits_view, out_view = row_views(grad, logits, out)
+    _dispatch.choose(logits, backend).log_softmax_backward(grad_view, logits_view, flat(lse), out_view, temperature)
+    return out
+
+
+def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    return out, torch.empty(logits.shape[:-1], dtype=_compute_dtype(logits), device=logits.device)
+
+
+def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    teacher, labels, hard_scale, soft_scale, *numbers, backend = args
+    spec = RowSpec(*numbers)
+    if hard_scale is not None and (student.device.type == "cpu" or _labels.ALWAYS):
+        _labels.check_rows(labels, spec.vocab_size, hard_scale, soft_scale)
+    losses = _losses(student)
+    hard, soft, stats = losses
+    rows, grad = _views(student, teacher, labels, hard_scale, soft_scale, grad)
+    chosen = _dispatch.choose(student, backend, teacher)
+    chosen.kd_rows(rows, spec, flat(hard), flat(soft), stats.view(-1, NUM_STATS), grad)
+    return losses
+
+
+def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
+    teacher, labels, hard_scale, soft_scale, stats, *numbers, backend = args
+    rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, grad)
+    assert grad_view is not None
+    _dispatch.choose(student, backend, teacher).kd_grad(rows, RowSpec(*numbers), stats.view(-1, NUM_STATS), grad_view)
+
+
+def _views(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_scale: Tensor | None,
+    grad: Tensor | None,
+) -> tuple[Rows, Tensor | None]:
+    views = iter(row_views(*(t for t in (student, teacher, grad) if t is not None)))
+    vectors = (None if t is None else flat(t) for t in (labels, hard_scale, soft_scale))
+    rows = Rows(next(views), None if teacher is None else next(views), *vectors)
+    return rows, next(views, None)

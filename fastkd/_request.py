@@ -1,0 +1,60 @@
+"""What the row operation works on: the numbers (RowSpec) and the tensors (Rows) that every backend receives."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Formula(IntEnum):
+    """The functors that a backend implements. Their numbers are the same in every language."""
+
+    MIXTURE_KL = 0
+    CROSS_ENTROPY = 1
+    TOTAL_VARIATION = 2
+
+
+class Mix(IntEnum):
+    """What the mixture ``m = w·p_t + (1−w)·p_s`` is. Compile-time structure, derived from the number ``w``."""
+
+    STUDENT = 0
+    TEACHER = 1
+    BOTH = 2
+
+
+class RowSpec(NamedTuple):
+    """The numbers of the row operation; as plain arguments, part of the registered operators' schema."""
+
+    temperature: float
+    formula: int
+    c_t: float
+    c_s: float
+    w: float
+    label_smoothing: float
+    vocab_size: int
+
+    @property
+    def mix(self) -> Mix:
+        return Mix.STUDENT if self.w == 0.0 else Mix.TEACHER if self.w == 1.0 else Mix.BOTH
+
+
+class Rows(NamedTuple):
+    """The tensors of the row operation. N = B·S rows; within [B, S, V] the last stride is 1 and the others are free.
+
+    A scale of None means that its term is absent: without ``hard_scale`` labels are not read, without ``soft_scale``
+    the teacher is not. A row whose scales are all 0 is not read: losses 0, gradient 0.
+    """
+
+    student: Tensor  # [B, S, V]
+    teacher: Tensor | None  # [B, S, V_t]
+    labels: Tensor | None  # [N] int64
+    hard_scale: Tensor | None  # [N] fp32 (fp64 with fp64 logits)
+    soft_scale: Tensor | None  # [N] likewise
+
+
+# Columns of the statistics [N, 5] that the loss hands to the gradient: natural-log normalisers of z, z/T and u/T;
+# G = Σ ∂D/∂b; and 1 − p_y at temperature 1, kept apart because p_y − 1 has no digits left as p_y → 1.
+LSE_HARD, LSE_STUDENT, LSE_TEACHER, GRAD_SUM, LABEL_REST = range(5)
+NUM_STATS = 5

@@ -1,0 +1,1 @@
+"""Backends: each implements the row contract (``fastkd._dispatch.Backend``) and nothing else."""

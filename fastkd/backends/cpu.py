@@ -1,0 +1,55 @@
+"""The row contract by the compiled kernels of ``csrc/cpu``: SIMD within a row, threads over rows."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._request import Rows, RowSpec
+from fastkd.backends import _arguments
+
+_cpu: Any = None
+try:
+    _cpu = importlib.import_module("fastkd._cpu")
+except ImportError as error:
+    _missing = str(error)
+
+
+def unavailable() -> str | None:
+    if _cpu is None:
+        return f"its C++ part is not built ({_missing}); with g++ or clang installed, reinstall fastkd from source"
+    return None
+
+
+def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
+    if logits.device.type != "cpu":
+        return f"it runs on CPUs, not on {logits.device.type}"
+    if logits.dtype == torch.float64:
+        return "its kernels compute in float32, not in float64"
+    return None
+
+
+def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
+    _cpu.kd_rows(*_arguments.kd_rows(rows, spec, hard, soft, stats, grad), torch.get_num_threads())
+
+
+def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
+    _cpu.kd_rows(*_arguments.kd_rows(rows, spec, None, None, stats, grad), torch.get_num_threads())
+
+
+def scale_(grad: Tensor, scalar: Tensor) -> None:
+    number = scalar.item()
+    if number != 1.0:
+        outer, inner, columns = grad.shape
+        _cpu.scale(_arguments.matrix(grad), outer * inner, inner, columns, number, torch.get_num_threads())
+
+
+def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
+    _cpu.log_softmax(*_arguments.log_softmax(logits, out, None, lse, temperature), torch.get_num_threads())
+
+
+def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
+    _cpu.log_softmax(*_arguments.log_softmax(logits, out, grad, lse, temperature), torch.get_num_threads())

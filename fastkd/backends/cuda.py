@@ -1,0 +1,68 @@
+"""The row contract by the compiled kernels of ``csrc/cuda``: one read of the logits where a cluster holds the row."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd._request import Rows, RowSpec
+from fastkd.backends import _arguments
+
+_cuda: Any = None
+try:
+    _cuda = importlib.import_module("fastkd._cuda")
+except ImportError as error:
+    _missing = str(error)
+
+
+def unavailable() -> str | None:
+    if _cuda is None:
+        return f"its CUDA part is not built ({_missing}); with nvcc and a C++ compiler, reinstall fastkd from source"
+    return None
+
+
+def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
+    if logits.device.type != "cuda" or torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs"
+    if torch.cuda.get_device_capability(logits.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if logits.dtype == torch.float64:
+        return "its kernels compute in float32, not in float64"
+    if teacher is not None and teacher.dtype != logits.dtype:
+        return f"the teacher's logits are {teacher.dtype}, the student's {logits.dtype}; it needs one dtype"
+    return None
+
+
+def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
+    _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, hard, soft, stats, grad))
+
+
+def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
+    _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, None, None, stats, grad))
+
+
+def scale_(grad: Tensor, scalar: Tensor) -> None:
+    outer, inner, columns = grad.shape
+    scalar = scalar.to(torch.float32)
+    _call(_cuda.scale, grad, _arguments.matrix(grad), outer * inner, inner, columns, scalar.data_ptr())
+
+
+def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
+    _call(_cuda.log_softmax, logits, *_arguments.log_softmax(logits, out, None, lse, temperature))
+
+
+def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
+    _call(_cuda.log_softmax, logits, *_arguments.log_softmax(logits, out, grad, lse, temperature))
+
+
+def _call(function: Any, logits: Tensor, *arguments: Any) -> None:
+    """Launch on the logits' device and its current stream."""
+    if logits.numel() == 0:
+        return
+    with torch.cuda.device(logits.device):
+        status = function(*arguments, torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise RuntimeError(f"fastkd: {status}")

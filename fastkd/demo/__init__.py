@@ -1,0 +1,56 @@
+"""``python -m fastkd demo``: the same student distilled with the usual loss and with fastkd's, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+# The modules that a task imports, apart from torch: the extra `demo`.
+NEEDS = {"text": ("matplotlib", "rich", "tokenizers"), "digits": ("matplotlib", "rich", "sklearn")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task",
+        choices=tuple(NEEDS),
+        default="text",
+        help="text: a language model on Python's own sources, some minutes on 2 CPU cores (default); "
+        "digits: scikit-learn's handwritten digits, seconds",
+    )
+    parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the data split, the models and the batches (default 0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, compare, report; the exit status."""
+    missing = [name for name in NEEDS[arguments.task] if find_spec(name) is None]
+    if missing:
+        return _refuse(f'the demo needs {" and ".join(missing)}: pip install "fastkd[demo]"')
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda: PyTorch finds no CUDA device here")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    from fastkd.demo import digits, report, text, training
+
+    console = report.console()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with console.status("Preparing the data"):
+            task = {"text": text, "digits": digits}[arguments.task].make_task(arguments.seed, device)
+    except (FileNotFoundError, FileExistsError) as error:
+        return _refuse(str(error))
+    report.introduce(console, task, device)
+    with report.progress(console) as track:
+        comparison = training.compare(task, arguments.seed, track)
+    report.report(console, task, comparison, device, arguments.seed, arguments.out)
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"python -m fastkd demo: {reason}", file=sys.stderr)
+    return 2

@@ -1,0 +1,107 @@
+"""The divergences between the two distributions, as data.
+
+With ``p_t = softmax(u/T)``, ``p_s = softmax(z/T)`` and ``m = w·p_t + (1−w)·p_s``, almost every divergence in use is
+
+    D = c_t·KL(p_t‖m) + c_s·KL(p_s‖m)
+
+so a member of the family is three numbers, and a new one is one line: ``Divergence("mine", c_t=0.3, c_s=0.7, w=0.2)``.
+This module is the only one that knows a divergence's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastkd._request import Formula
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``c_t·KL(p_t‖m) + c_s·KL(p_s‖m)``, ``m = w·p_t + (1−w)·p_s``; or another ``formula``, which has no numbers.
+
+    Raises:
+        ValueError: a weight is negative, ``w`` is outside [0, 1], or the divergence would be 0 everywhere.
+    """
+
+    name: str
+    c_t: float = 1.0
+    c_s: float = 0.0
+    w: float = 0.0
+    formula: Formula = Formula.MIXTURE_KL
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.c_t < float("inf") and 0.0 <= self.c_s < float("inf")):
+            raise ValueError(f"c_t, c_s: got {self.c_t}, {self.c_s}, must be finite and >= 0")
+        if not 0.0 <= self.w <= 1.0:
+            raise ValueError(f"w: got {self.w}, must be in [0, 1]")
+        # KL(p‖p) = 0, so at w = 0 only c_t counts and at w = 1 only c_s.
+        if self.c_t * (self.w < 1.0) + self.c_s * (self.w > 0.0) == 0.0:
+            raise ValueError(f"c_t, c_s, w: got {self.c_t}, {self.c_s}, {self.w}: this divergence is 0 everywhere")
+
+
+FORWARD_KL = Divergence("forward_kl", c_t=1.0, c_s=0.0, w=0.0)
+REVERSE_KL = Divergence("reverse_kl", c_t=0.0, c_s=1.0, w=1.0)
+CROSS_ENTROPY = Divergence("cross_entropy", formula=Formula.CROSS_ENTROPY)
+TVD = Divergence("tvd", formula=Formula.TOTAL_VARIATION)
+
+NAMED = {member.name: member for member in (FORWARD_KL, REVERSE_KL, CROSS_ENTROPY, TVD)}
+
+
+def JSD(beta: float) -> Divergence:
+    """Generalised Jensen-Shannon divergence ``β·KL(p_t‖m) + (1−β)·KL(p_s‖m)``, ``m = β·p_t + (1−β)·p_s``.
+
+    ``beta`` weighs the teacher. As in TRL and Liger, ``beta=0`` is forward KL and ``beta=1`` reverse KL; these are not
+    the formula's limits, which are 0. Source: Agarwal et al. (2024), On-Policy Distillation of Language Models, eq. 1.
+
+    Raises:
+        ValueError: ``beta`` is outside [0, 1].
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: got {beta}, must be in [0, 1]")
+    if beta in (0.0, 1.0):
+        return FORWARD_KL if beta == 0.0 else REVERSE_KL
+    return Divergence(f"jsd({beta:g})", c_t=beta, c_s=1.0 - beta, w=beta)
+
+
+def SkewKL(lam: float) -> Divergence:
+    """Skewed forward KL ``KL(p_t ‖ λ·p_t + (1−λ)·p_s)``. Source: Ko et al. (2024), DistiLLM, eq. 4.
+
+    Raises:
+        ValueError: ``lam`` is outside [0, 1); at 1 the divergence would be 0 everywhere.
+    """
+    _check_skew(lam)
+    return Divergence(f"skew_kl({lam:g})", c_t=1.0, c_s=0.0, w=lam)
+
+
+def SkewReverseKL(lam: float) -> Divergence:
+    """Skewed reverse KL ``KL(p_s ‖ (1−λ)·p_t + λ·p_s)``. Source: Ko et al. (2024), DistiLLM, eq. 5.
+
+    Raises:
+        ValueError: ``lam`` is outside [0, 1); at 1 the divergence would be 0 everywhere.
+    """
+    _check_skew(lam)
+    return Divergence(f"skew_reverse_kl({lam:g})", c_t=0.0, c_s=1.0, w=1.0 - lam)
+
+
+def resolve(divergence: str | Divergence) -> Divergence:
+    """The divergence that a caller named, or gave.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name nor a divergence.
+    """
+    if isinstance(divergence, Divergence):
+        return divergence
+    if not isinstance(divergence, str):
+        raise TypeError(f"divergence: got {divergence!r}, must be a name or a fastkd.Divergence")
+    if divergence not in NAMED:
+        raise ValueError(
+            f"divergence: got {divergence!r}, must be one of {', '.join(map(repr, NAMED))}, "
+            "or fastkd.JSD(beta), fastkd.SkewKL(lam), fastkd.SkewReverseKL(lam), fastkd.Divergence(...)"
+        )
+    return NAMED[divergence]
+
+
+def _check_skew(lam: float) -> None:
+    if not 0.0 <= lam < 1.0:
+        raise ValueError(f"lam: got {lam}, must be in [0, 1)")

@@ -1,0 +1,190 @@
+"""The public functions: arguments are checked, weights, masks and reductions folded into two scales a row."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import _autograd, _dispatch, _validate
+from fastkd._request import RowSpec
+from fastkd.divergences import Divergence, resolve
+
+
+class KDLossParts(NamedTuple):
+    """The loss, and the two terms it is made of: detached means over the rows that count, unweighted and without T²."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    hard_weight: float | None = None,
+    soft_weight: float = 1.0,
+    divergence: str | Divergence = "forward_kl",
+    scale_soft_by_t2: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    return_parts: bool = False,
+    backend: str | None = None,
+) -> Tensor | KDLossParts:
+    """Knowledge-distillation loss over logits, its gradient computed in the same pass.
+
+    Per row ``hard_weight · CE(labels, student) + soft_weight · T² · D(softmax(teacher/T), softmax(student/T))``, the
+    cross-entropy at temperature 1 (Hinton et al., 2015, Distilling the Knowledge in a Neural Network). Nothing is
+    shifted: a causal language model's caller shifts. The teacher never receives a gradient, and there is no
+    second-order gradient (asking for one raises).
+
+    Args:
+        student_logits: ``(..., V)`` float32, bfloat16, float16 or float64; arithmetic and loss are float32 (float64
+            for float64), the gradient has the logits' dtype. ``-inf`` (a masked token) is legal, in the teacher too;
+            where it makes a reverse KL infinite, the row's soft gradient is 0.
+        teacher_logits: ``(..., V)``, same leading shape; its dtype may differ.
+        labels: ``(...)`` int64 token ids, or None. A label outside ``[0, V)`` on a row that counts raises on a CPU and
+            makes the row's loss NaN on a GPU, where a check would synchronise (see :func:`fastkd.check_labels`).
+        temperature: T > 0, of the soft term alone.
+        hard_weight: weight of the cross-entropy. Must be given with labels (0.0: they only say which rows count).
+        soft_weight: weight of the divergence.
+        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"cross_entropy"`` (forward KL plus the teacher's entropy),
+            ``"tvd"``, :func:`fastkd.JSD`, :func:`fastkd.SkewKL`, :func:`fastkd.SkewReverseKL`, or any
+            :class:`fastkd.Divergence`.
+        scale_soft_by_t2: multiply the soft term, value and gradient, by T².
+        label_smoothing: in [0, 1), of the cross-entropy, as in :func:`torch.nn.functional.cross_entropy`.
+        ignore_index: rows with this label do not count, for either term.
+        mask: ``(...)`` bool; rows where it is False do not count. A row that does not count is never read.
+        token_weights: ``(...)`` float; multiplies each row's loss, not the denominator of the mean.
+        reduction: ``"mean"`` over the rows that count (0 if there are none), ``"sum"``, or ``"none"``: ``(...)``.
+        num_items: number or 0-d tensor; the denominator of ``"mean"`` instead, for gradient accumulation.
+        vocab_size: only the first ``vocab_size`` columns are tokens; the others are not read and get gradient 0.
+        inplace_backward: write the gradient over ``student_logits``, which nothing else may then use.
+        return_parts: return :class:`KDLossParts`; a term is then computed even if its weight is 0, and the hard part is
+            0 without labels.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses by device (``python -m fastkd info``
+            says why).
+
+    Raises:
+        ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
+        RuntimeError: the backend asked for by name cannot run here, or a second derivative was asked for.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+        >>> loss = fastkd.kd_loss(student, teacher, torch.tensor([0]), temperature=2.0, hard_weight=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (2.4844, torch.Size([1, 3]))
+    """
+    member = resolve(divergence)
+    _validate.check_logits("student_logits", student_logits)
+    _validate.check_logits("teacher_logits", teacher_logits)
+    _validate.check_device("teacher_logits", teacher_logits, student_logits)
+    _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
+    _validate.check_temperature(temperature)
+    _validate.check_weights(hard_weight, soft_weight, labels)
+    _validate.check_label_smoothing(label_smoothing)
+    _validate.check_per_row("labels", labels, student_logits, (torch.int64,))
+    _validate.check_per_row("mask", mask, student_logits, (torch.bool,))
+    _validate.check_per_row("token_weights", token_weights, student_logits, _validate.FLOAT_DTYPES)
+    _validate.check_token_weights(token_weights)
+    _validate.check_reduction(reduction, num_items)
+    if teacher_logits.requires_grad:
+        teacher_logits = teacher_logits.detach()
+    if inplace_backward:
+        _validate.check_inplace(student_logits, teacher_logits)
+
+    scale = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, num_items)
+    has_hard = labels is not None and (hard_weight != 0 or return_parts)
+    has_soft = soft_weight != 0 or return_parts or not has_hard
+    t2 = temperature * temperature if scale_soft_by_t2 else 1.0
+    spec = RowSpec(
+        float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
+        student_logits.shape[-1] if vocab_size is None else vocab_size,
+    )  # fmt: skip
+    loss, hard, soft = _autograd.kd_rows(
+        student_logits,
+        teacher_logits if has_soft else None,
+        labels if has_hard else None,
+        scale * (hard_weight or 0.0) if has_hard else None,
+        scale * (soft_weight * t2) if has_soft else None,
+        spec,
+        per_row=reduction == "none",
+        inplace=inplace_backward,
+        backend=_dispatch.requested(backend),
+    )
+    if not return_parts:
+        return loss
+    rows = scale.count_nonzero().clamp_min(1)
+    return KDLossParts(loss, hard.sum() / rows, soft.sum() / rows)
+
+
+def log_softmax(
+    logits: Tensor, *, temperature: float = 1.0, dtype: torch.dtype | None = None, backend: str | None = None
+) -> Tensor:
+    """``log softmax(logits / temperature)`` over the last dimension, forward and backward each in one kernel.
+
+    The backward recomputes the probabilities from the logits in float32, so it stays exact where the rounded output
+    (bfloat16 log-probabilities are 3 % apart near -10) would not.
+
+    Args:
+        logits: ``(..., V)`` float32, bfloat16, float16 or float64.
+        temperature: T > 0.
+        dtype: of the result; the logits' by default.
+        backend: as for :func:`kd_loss`.
+
+    Raises:
+        ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
+        RuntimeError: the backend asked for by name cannot run here, or a second derivative was asked for.
+
+    Example:
+        >>> import torch, fastkd
+        >>> fastkd.log_softmax(torch.zeros(1, 4), temperature=2.0).exp()
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    _validate.check_logits("logits", logits)
+    _validate.check_temperature(temperature)
+    if dtype is not None and dtype not in _validate.FLOAT_DTYPES:
+        raise TypeError(f"dtype: got {dtype}, must be float32, bfloat16, float16 or float64")
+    return _autograd.log_softmax(logits, float(temperature), dtype or logits.dtype, _dispatch.requested(backend))
+
+
+def _row_scale(
+    student_logits: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+) -> Tensor:
+    """What a row's loss is multiplied by, weights of the terms apart; 0 for a row that does not count. ``(...)``."""
+    counts = None if labels is None else labels != ignore_index
+    if mask is not None:
+        counts = mask if counts is None else counts & mask
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    if counts is not None:
+        scale = counts.to(dtype) if token_weights is None else torch.where(counts, token_weights.to(dtype), 0.0)
+    elif token_weights is not None:
+        scale = token_weights.to(dtype)
+    else:
+        scale = torch.ones(student_logits.shape[:-1], dtype=dtype, device=student_logits.device)
+    if reduction != "mean":
+        return scale
+    if num_items is None:
+        num_items = max(scale.numel(), 1) if counts is None else counts.sum().clamp_min(1)
+    elif isinstance(num_items, Tensor):
+        num_items = num_items.to(dtype).clamp_min(torch.finfo(dtype).tiny)  # 0 items: 0, not 0/0, for every row
+    return scale / num_items

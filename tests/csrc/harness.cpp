@@ -1,0 +1,75 @@
+// The shared headers' functions over arrays, for test_headers.py to call through ctypes.
+#include "../../csrc/divergence.h"
+#include "../../csrc/lse.h"
+#include "../../csrc/row.h"
+
+using namespace fastkd;
+
+extern "C" {
+
+void exp2_of(const float* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = fastkd::exp2(x[i]);
+}
+
+void log1p_of(const float* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = fastkd::log1p(x[i], 1.0f + x[i]);
+}
+
+void exp_remainder_of(const float* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = exp_remainder(x[i]);
+}
+
+void label_term_of(const float* t, int64_t n, float* loss, float* rest) {
+    for (int64_t i = 0; i < n; ++i) {
+        const LabelTerm term = label_term(t[i]);
+        loss[i] = term.loss, rest[i] = term.rest;
+    }
+}
+
+void widen_bfloat16(const uint16_t* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(bfloat16{x[i]});
+}
+
+void widen_float16(const uint16_t* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = to_float(float16{x[i]});
+}
+
+void narrow_bfloat16(const float* x, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        bfloat16 narrow;
+        from_float(x[i], narrow);
+        out[i] = narrow.bits;
+    }
+}
+
+void narrow_float16(const float* x, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        float16 narrow;
+        from_float(x[i], narrow);
+        out[i] = narrow.bits;
+    }
+}
+
+// The log₂-sum-exp of x, each element its own update, and of its two halves, merged.
+void log_sum_exp_of(const float* x, int64_t n, float k, float* updated, float* merged) {
+    LogSumExp all, left, right;
+    for (int64_t i = 0; i < n; ++i) {
+        all = update(all, x[i], k);
+        (i < n / 2 ? left : right) = update(i < n / 2 ? left : right, x[i], k);
+    }
+    const LogSumExp both = merge(left, right, k);
+    updated[0] = all.peak, updated[1] = all.sum;
+    merged[0] = both.peak, merged[1] = both.sum;
+}
+
+bool divergence_of(int formula, float c_t, float c_s, float w, const float* b, const float* d, const float* p_t,
+                   const float* p_s, int64_t n, float* term, float* g) {
+    return Divergences::dispatch({static_cast<Formula>(formula), c_t, c_s, w}, [&](const auto& functor) {
+        for (int64_t i = 0; i < n; ++i) {
+            const TermGrad column = functor(b[i], d[i], p_t[i], p_s[i]);
+            term[i] = column.term, g[i] = column.g;
+        }
+    });
+}
+
+}  // extern "C"

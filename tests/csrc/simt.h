@@ -1,0 +1,120 @@
+// A CPU in the place of a GPU: each CUDA thread is a thread of the operating system, a cluster's blocks run at once,
+// and what csrc/cuda/grid.cuh names is defined here. It runs the very kernels that the GPU build launches, slowly.
+#pragma once
+
+#include <barrier>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#define FASTKD_D inline
+#define FASTKD_KERNEL inline
+#define FASTKD_BOUNDS
+#define FASTKD_SHARED(type, name) type& name = *reinterpret_cast<type*>(fastkd::simt::shared(__LINE__, sizeof(type)))
+
+namespace fastkd::simt {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStaticBytes = 1 << 16;
+
+struct Warp {
+    float values[kWarpSize];
+    std::barrier<> barrier{kWarpSize};
+};
+
+struct Block {
+    std::unique_ptr<char[], decltype(&std::free)> memory;  // static shared memory, then dynamic
+    std::vector<Warp> warps;
+    Block(int threads, size_t dynamic)
+        : memory(static_cast<char*>(std::aligned_alloc(64, kStaticBytes + (dynamic + 63) / 64 * 64)), &std::free),
+          warps(threads / kWarpSize) {}
+};
+
+struct Cluster {
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::barrier<> barrier;
+    Cluster(int size, int threads, size_t dynamic) : barrier(size * threads) {
+        for (int i = 0; i < size; ++i) blocks.push_back(std::make_unique<Block>(threads, dynamic));
+    }
+};
+
+// What the hardware keeps for a thread.
+struct Thread {
+    Cluster* cluster;
+    int rank, block, threads;
+    int64_t grid_block;
+    std::optional<std::barrier<>::arrival_token> arrived;
+};
+inline thread_local Thread self;
+
+inline char* memory(int block) { return self.cluster->blocks[block]->memory.get(); }
+
+// A static shared variable, by the line that declares it: the same offset in every block.
+inline char* shared(int line, size_t bytes) {
+    static std::mutex mutex;
+    static std::map<int, size_t> offsets;
+    static size_t used = 0;
+    const std::lock_guard lock(mutex);
+    const auto [entry, fresh] = offsets.try_emplace(line, used);
+    if (fresh) used += (bytes + 63) / 64 * 64;
+    if (used > kStaticBytes) std::abort();
+    return memory(self.block) + entry->second;
+}
+
+// Runs kernel(arguments...) on ``clusters`` clusters, one after the other. ``threads`` is a multiple of 32.
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, int64_t clusters, int size, int threads, size_t dynamic, const Arguments&... arguments) {
+    for (int64_t index = 0; index < clusters; ++index) {
+        Cluster cluster(size, threads, dynamic);
+        std::vector<std::thread> all;
+        for (int i = 0; i < size * threads; ++i) {
+            all.emplace_back([&, i] {
+                self = {&cluster, i % threads, i / threads, threads, index * size + i / threads, std::nullopt};
+                kernel(arguments...);
+            });
+        }
+        for (std::thread& thread : all) thread.join();
+    }
+}
+
+}  // namespace fastkd::simt
+
+namespace fastkd {
+
+inline int thread_rank() { return simt::self.rank; }
+inline int block_threads() { return simt::self.threads; }
+inline int64_t block_rank() { return simt::self.grid_block; }
+inline int cluster_rank() { return simt::self.block; }
+inline int cluster_size() { return static_cast<int>(simt::self.cluster->blocks.size()); }
+
+inline float shuffle_xor(float x, int mask) {
+    const int lane = simt::self.rank % simt::kWarpSize;
+    simt::Warp& warp = simt::self.cluster->blocks[simt::self.block]->warps[simt::self.rank / simt::kWarpSize];
+    warp.values[lane] = x;
+    warp.barrier.arrive_and_wait();
+    const float other = warp.values[lane ^ mask];
+    warp.barrier.arrive_and_wait();
+    return other;
+}
+
+inline void cluster_arrive() { simt::self.arrived = simt::self.cluster->barrier.arrive(); }
+
+inline void cluster_wait() {
+    simt::self.cluster->barrier.wait(std::move(*simt::self.arrived));
+    simt::self.arrived.reset();
+}
+
+inline void store_remote(float* local, int rank, float value) {
+    char* own = simt::memory(simt::self.block);
+    *reinterpret_cast<float*>(simt::memory(rank) + (reinterpret_cast<char*>(local) - own)) = value;
+}
+
+inline void copy_async(void* shared, const void* global) { __builtin_memcpy(shared, global, 16); }
+inline void copy_async_wait() {}
+inline char* dynamic_shared() { return simt::memory(simt::self.block) + simt::kStaticBytes; }
+
+}  // namespace fastkd

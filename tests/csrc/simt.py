@@ -1,0 +1,115 @@
+"""Build and call the CUDA kernels under the SIMT shim."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastkd._request import Rows, RowSpec
+
+HERE = Path(__file__).parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("outer", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("dtype", ctypes.c_int),
+    ]
+
+
+class KDRowsParams(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("z", "u", "dz")),
+        *((name, ctypes.c_void_p) for name in ("labels", "hard_scale", "soft_scale", "hard", "soft", "stats")),
+        *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "n", "columns")),
+        *((name, ctypes.c_float) for name in ("temperature", "c_t", "c_s", "w", "smoothing")),
+        ("formula", ctypes.c_int),
+        ("from_stats", ctypes.c_bool),
+    ]
+
+
+class LogSoftmaxParams(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("x", "out", "dy")),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "columns")),
+        ("temperature", ctypes.c_float),
+    ]
+
+
+class ScaleParams(ctypes.Structure):
+    _fields_ = [
+        ("x", Matrix),
+        *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "columns")),
+        ("scalar", ctypes.c_float),
+    ]
+
+
+class Grid(NamedTuple):
+    cluster: int
+    resident: bool
+    threads: int = 64
+
+
+def compile_shim(source: str, target: Path, *flags: str) -> None:
+    command = ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-DFASTKD_SIMT", f"-I{HERE}", *flags]
+    subprocess.run([*command, str(HERE / source), "-o", str(target)], check=True)
+
+
+class Simt:
+    """The row contract's calls, run under the shim on a given grid."""
+
+    def __init__(self, folder: Path) -> None:
+        compile_shim("simt_library.cpp", folder / "simt.so", "-fPIC", "-shared")
+        self.library = ctypes.CDLL(str(folder / "simt.so"))
+
+    def kd_rows(self, rows: Rows, spec: RowSpec, outputs: dict[str, torch.Tensor | None], grid: Grid) -> None:
+        """``outputs`` are hard, soft, stats and dz; without hard it is the gradient from stats."""
+        outer, inner, columns = rows.student.shape
+        vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale")}
+        vectors |= {name: pointer(outputs[name]) for name in ("hard", "soft", "stats")}
+        params = KDRowsParams(
+            z=matrix(rows.student), u=matrix(rows.teacher), dz=matrix(outputs["dz"]), **vectors,
+            rows=outer * inner, inner_rows=inner, n=spec.vocab_size, columns=columns, temperature=spec.temperature,
+            c_t=spec.c_t, c_s=spec.c_s, w=spec.w, smoothing=spec.label_smoothing, formula=spec.formula,
+            from_stats=outputs["hard"] is None,
+        )  # fmt: skip
+        self.library.simt_kd_rows(ctypes.byref(params), grid.cluster, grid.threads, grid.resident)
+
+    def log_softmax(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        dy: torch.Tensor | None,
+        lse: torch.Tensor,
+        temperature: float,
+        grid: Grid,
+    ) -> None:
+        outer, inner, columns = x.shape
+        params = LogSoftmaxParams(
+            x=matrix(x), out=matrix(out), dy=matrix(dy), lse=lse.data_ptr(), rows=outer * inner, inner_rows=inner,
+            columns=columns, temperature=temperature,
+        )  # fmt: skip
+        self.library.simt_log_softmax(ctypes.byref(params), grid.cluster, grid.threads, grid.resident)
+
+    def scale_(self, x: torch.Tensor, scalar: torch.Tensor) -> None:
+        outer, inner, columns = x.shape
+        params = ScaleParams(x=matrix(x), rows=outer * inner, inner_rows=inner, columns=columns)
+        self.library.simt_scale(ctypes.byref(params), ctypes.c_void_p(scalar.data_ptr()), 64)
+
+
+def matrix(tensor: torch.Tensor | None) -> Matrix:
+    if tensor is None:
+        return Matrix()
+    return Matrix(tensor.data_ptr(), tensor.stride(0), tensor.stride(1), DTYPES[tensor.dtype])
+
+
+def pointer(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,72 @@
+// The kernels of csrc/cuda under the shim, with C entry points.
+#include "../../csrc/cuda/kd_rows.cuh"
+#include "../../csrc/cuda/log_softmax.cuh"
+#include "../../csrc/cuda/scale.cuh"
+
+using namespace fastkd;
+
+namespace {
+
+struct Grid {
+    int cluster, threads;
+    bool resident;
+    int64_t rows;
+    size_t shared;
+};
+
+template <class Resident, class Streaming, class... Arguments>
+void launch(const Grid& grid, Resident resident, Streaming streaming, const Arguments&... arguments) {
+    if (grid.resident) {
+        simt::launch(resident, grid.rows, grid.cluster, grid.threads, grid.shared, arguments...);
+    } else {
+        simt::launch(streaming, grid.rows, grid.cluster, grid.threads, 0, arguments...);
+    }
+}
+
+template <class Visit>
+void with_type(DType dtype, Visit&& visit) {
+    dtype == DType::kBFloat16 ? visit(bfloat16{}) : dtype == DType::kFloat16 ? visit(float16{}) : visit(0.0f);
+}
+
+// Two rows of any dtype.
+size_t shared_bytes(int64_t columns) { return static_cast<size_t>(columns + 16) * 8; }
+
+}  // namespace
+
+extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident) {
+    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->n)};
+    const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
+    with_type(p->z.dtype, [&](auto element) {
+        using T = decltype(element);
+        const auto run = [&](const auto& functor, auto soft) {
+            using Functor = std::decay_t<decltype(functor)>;
+            constexpr bool kSoft = decltype(soft)::value;
+            launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, *p, functor);
+        };
+        if (p->u.data) {
+            Divergences::dispatch(numbers, [&](const auto& functor) { run(functor, std::true_type{}); });
+        } else {
+            run(NoSoftTerm{numbers}, std::false_type{});
+        }
+    });
+}
+
+extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int threads, bool resident) {
+    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->columns)};
+    const bool backward = p->dy.data != nullptr;
+    with_type(p->x.dtype, [&](auto x) {
+        with_type(backward ? p->dy.dtype : p->out.dtype, [&](auto other) {
+            using T = decltype(x);
+            using Out = decltype(other);
+            if (backward) {
+                launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, *p);
+            } else {
+                launch(grid, log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>, *p);
+            }
+        });
+    });
+}
+
+extern "C" void simt_scale(const ScaleParams* p, const float* scalar, int threads) {
+    with_type(p->x.dtype, [&](auto x) { simt::launch(scale_kernel<decltype(x)>, p->rows, 1, threads, 0, *p, scalar); });
+}

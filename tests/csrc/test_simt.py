@@ -1,0 +1,160 @@
+"""The CUDA kernels' source, run on a CPU under the SIMT shim, against float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd._request import NUM_STATS, Rows, RowSpec
+from fastkd.backends import torch as reference
+from fastkd.divergences import JSD, NAMED, Divergence, SkewKL, SkewReverseKL
+from tests.csrc.simt import Grid, Simt, compile_shim
+
+MEMBERS = (*NAMED.values(), JSD(0.3), SkewKL(0.1), SkewReverseKL(0.2))
+GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+GRIDS = [Grid(cluster, resident) for cluster in (1, 2, 4) for resident in (True, False)]
+
+
+@pytest.fixture(scope="session")
+def simt(tmp_path_factory: pytest.TempPathFactory) -> Simt:
+    return Simt(tmp_path_factory.mktemp("simt"))
+
+
+def spec_of(member: Divergence, temperature: float, vocab_size: int, smoothing: float = 0.0) -> RowSpec:
+    return RowSpec(temperature, int(member.formula), member.c_t, member.c_s, member.w, smoothing, vocab_size)
+
+
+def outputs_for(rows: Rows, grad: bool) -> dict[str, torch.Tensor | None]:
+    count = rows.student.shape[0] * rows.student.shape[1]
+    vectors = {name: torch.full((count,), math.nan) for name in ("hard", "soft")}
+    stats = torch.full((count, NUM_STATS), math.nan)
+    return {**vectors, "stats": stats, "dz": torch.full_like(rows.student, math.nan) if grad else None}
+
+
+def check(simt: Simt, rows: Rows, spec: RowSpec, grid: Grid) -> None:
+    """Loss and gradient, loss alone, and the gradient from its statistics."""
+    exact = Rows(*(t.double() if t is not None and t.is_floating_point() else t for t in rows))
+    count = rows.student.shape[0] * rows.student.shape[1]
+    hard, soft = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    dz = torch.zeros_like(exact.student)
+    reference.kd_rows(exact, spec, hard, soft, torch.empty(0), dz)
+
+    fused, loss = outputs_for(rows, grad=True), outputs_for(rows, grad=False)
+    simt.kd_rows(rows, spec, fused, grid)
+    simt.kd_rows(rows, spec, loss, grid)
+    later = {"hard": None, "soft": None, "stats": loss["stats"], "dz": torch.full_like(rows.student, math.nan)}
+    simt.kd_rows(rows, spec, later, Grid(1, False))
+    for result in (fused, loss):
+        torch.testing.assert_close(result["hard"].double(), hard, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(result["soft"].double(), soft, rtol=1e-5, atol=1e-7)
+    for result in (fused, later):
+        error = (result["dz"].double() - dz).norm() / dz.norm().clamp_min(1e-12)
+        assert error <= GRADIENT[rows.student.dtype]
+
+
+def make_rows(vocab: int, dtype: torch.dtype, hard: bool = True, soft: bool = True, offset: int = 0) -> Rows:
+    """Two rows; ``offset`` elements off the allocation, so that they start off a 16-byte boundary."""
+    torch.manual_seed(vocab)
+
+    def logits() -> torch.Tensor:
+        memory = (torch.randn(2 * vocab + offset) * 3).to(dtype)
+        return memory[offset:].view(1, 2, vocab)
+
+    labels = torch.tensor([0, vocab // 2])
+    scales = torch.tensor([0.5, 0.25])
+    return Rows(
+        logits(),
+        logits() if soft else None,
+        labels if hard else None,
+        scales if hard else None,
+        scales if soft else None,
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_divergences_on_every_grid(simt: Simt, member: Divergence, grid: Grid) -> None:
+    check(simt, make_rows(1003, torch.bfloat16), spec_of(member, 2.0, 1003), grid)
+
+
+@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
+@pytest.mark.parametrize(("vocab", "offset"), [(1, 0), (7, 3), (64, 0), (1000, 0), (1000, 1), (1001, 5)])
+def test_sizes_and_alignments(simt: Simt, vocab: int, offset: int, dtype: torch.dtype) -> None:
+    check(simt, make_rows(vocab, dtype, offset=offset), spec_of(JSD(0.5), 1.0, vocab), Grid(2, True))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize(("hard", "soft"), [(True, False), (False, True), (True, True)])
+def test_terms_temperatures_smoothing_and_padding(simt: Simt, temperature: float, hard: bool, soft: bool) -> None:
+    rows = make_rows(300, torch.float32, hard, soft)
+    check(simt, rows, spec_of(NAMED["forward_kl"], temperature, 297, smoothing=0.1), Grid(2, True))
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+def test_a_row_that_does_not_count_is_not_read(simt: Simt, grid: Grid) -> None:
+    rows = make_rows(500, torch.float32)
+    rows.student[0, 0], rows.teacher[0, 0] = math.nan, math.nan
+    rows.hard_scale[0] = rows.soft_scale[0] = 0.0
+    outputs = outputs_for(rows, grad=True)
+    simt.kd_rows(rows, spec_of(NAMED["reverse_kl"], 2.0, 500), outputs, grid)
+    assert outputs["hard"][0] == 0 and outputs["soft"][0] == 0 and not outputs["dz"][0, 0].any()
+    assert outputs["dz"][0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_minus_infinity(simt: Simt, member: Divergence) -> None:
+    rows = make_rows(200, torch.float32)
+    rows.student[..., 10:20] = -math.inf
+    rows.teacher[..., 15:25] = -math.inf
+    outputs = outputs_for(rows, grad=True)
+    simt.kd_rows(rows, spec_of(member, 2.0, 200), outputs, Grid(2, True))
+    assert outputs["dz"].isfinite().all()
+    infinite = member.name in ("forward_kl", "reverse_kl", "cross_entropy")
+    assert outputs["soft"].isposinf().all() if infinite else outputs["soft"].isfinite().all()
+
+
+def test_in_place_is_the_same_to_the_bit(simt: Simt) -> None:
+    rows = make_rows(777, torch.bfloat16)
+    spec = spec_of(SkewKL(0.1), 2.0, 777)
+    outputs = outputs_for(rows, grad=True)
+    simt.kd_rows(rows, spec, outputs, Grid(4, True))
+    simt.kd_rows(rows, spec, {**outputs_for(rows, grad=False), "dz": rows.student}, Grid(4, True))
+    assert torch.equal(rows.student, outputs["dz"])
+
+
+@pytest.mark.parametrize("grid", [Grid(1, False), Grid(1, True), Grid(4, True)], ids=str)
+@pytest.mark.parametrize(("dtype", "other"), list(itertools.product(GRADIENT, repeat=2)), ids=str)
+def test_log_softmax(simt: Simt, dtype: torch.dtype, other: torch.dtype, grid: Grid) -> None:
+    x = make_rows(501, dtype, offset=1).student
+    dy = torch.randn(1, 2, 501).to(other)
+    out, dx, lse = torch.empty_like(x, dtype=other), torch.empty_like(x), torch.empty(2)
+    simt.log_softmax(x, out, None, lse, 2.0, grid)
+    simt.log_softmax(x, dx, dy, lse, 2.0, grid)
+    exact = x.double().requires_grad_()
+    expected = torch.log_softmax(exact / 2.0, -1)
+    expected.backward(dy.double())
+    assert (out.double() - expected).norm() <= GRADIENT[other] * expected.norm()
+    assert (dx.double() - exact.grad).norm() <= GRADIENT[dtype] * exact.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
+def test_scale(simt: Simt, dtype: torch.dtype) -> None:
+    x = make_rows(333, dtype, offset=3).student
+    before = x.clone()
+    simt.scale_(x, torch.tensor(1.0))
+    assert torch.equal(x, before)
+    simt.scale_(x, torch.tensor(0.3))
+    torch.testing.assert_close(x, (before.float() * torch.tensor(0.3)).to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
+    program = tmp_path / "simt_main"
+    compile_shim("simt_main.cpp", program, f"-fsanitize={sanitizer}")
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0 and run.stdout == "ran\n", run.stderr[-4000:]

@@ -1,0 +1,111 @@
+import random
+import sysconfig
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkd.demo import memory, text
+from fastkd.demo.models import LanguageModel
+from fastkd.demo.training import Recipe, Task, compare
+
+VOCABULARY = 320
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files():
+    return text.source_files(Path(sysconfig.get_paths()["stdlib"]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(files):
+    return text.train_tokenizer(text.read(files, 50_000), VOCABULARY)
+
+
+def toy_task(ids):
+    model = partial(LanguageModel, torch.zeros(VOCABULARY), text.CONTEXT, width=16, layers=1, heads=2)
+    recipe = Recipe(model, partial(text.random_batches, ids), steps=4, learning_rate=1e-2)
+    return Task(
+        name="toy",
+        summary="",
+        row="token",
+        rows=text.BATCH * text.CONTEXT,
+        classes=VOCABULARY,
+        held_out=list(text.even_batches(ids)),
+        teacher=recipe,
+        student=recipe,
+        temperature=2.0,
+        hard_weight=0.1,
+    )
+
+
+def test_source_files_are_the_library_alone(files):
+    parts = {part for path in files for part in path.parts}
+    assert len(files) > 100 and files == sorted(files)
+    assert "site-packages" not in parts and "idle_test" not in parts
+
+
+def test_split_is_by_file_and_by_seed(files):
+    train, held_out = text.split(files, 0)
+    assert not set(train) & set(held_out)
+    assert set(train) | set(held_out) == set(files)
+    assert text.split(files, 0) == (train, held_out) != text.split(files, 1)
+
+
+def test_read_stops_at_the_limit(files):
+    texts = text.read(files, 50_000)
+    assert sum(map(len, texts[:-1])) < 50_000 <= sum(map(len, texts))
+
+
+def test_tokenizer_gives_the_text_back(tokenizer):
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    source = "def naïve(x):\n\treturn 'π'  # 🐍\n"
+    ids = text.encode(tokenizer, [source, source])
+    end = tokenizer.token_to_id(text.END)
+    assert (ids == end).sum() == 2
+    assert tokenizer.decode(ids[: len(ids) // 2 - 1].tolist()) == source
+
+
+def test_batches_are_windows_with_the_next_token_as_label():
+    ids = torch.arange(500)
+    batches = [*text.random_batches(ids, 3, seed=0), *text.even_batches(ids)]
+    for inputs, labels in batches:
+        assert inputs.shape[1] == text.CONTEXT and torch.equal(labels, inputs + 1)
+    again = list(text.random_batches(ids, 3, seed=0))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(again, batches[:3], strict=True))
+
+
+def test_model_is_causal_and_starts_at_the_frequencies():
+    torch.manual_seed(0)
+    frequencies = torch.randn(VOCABULARY).log_softmax(-1)
+    model = LanguageModel(frequencies, text.CONTEXT, width=16, layers=2, heads=2)
+    ids = torch.randint(VOCABULARY, (1, 10))
+    changed = ids.clone()
+    changed[0, 6:] += 1
+    changed %= VOCABULARY
+    for parameter in model.blocks.parameters():
+        parameter.data.normal_(std=0.2)
+    before, after = model(ids), model(changed)
+    assert torch.allclose(before[0, :6], after[0, :6], atol=1e-5)
+    assert not torch.allclose(before[0, 6:], after[0, 6:], atol=1e-2)
+    assert torch.allclose(before.log_softmax(-1), frequencies.expand(1, 10, -1), atol=1.0)
+
+
+def test_a_few_steps_agree_and_repeat(files, tokenizer):
+    ids = text.encode(tokenizer, random.Random(0).sample(text.read(files, 50_000), 3))
+    seen = []
+    comparison = compare(toy_task(ids), seed=3, track=lambda name, steps: lambda run: seen.append(name))
+    assert seen == [name for name in ("teacher", "labels", "usual", "fastkd") for _ in range(4)]
+    assert max(comparison.differences) < 1e-5
+    assert comparison.teacher.final < comparison.teacher.held_out[0]
+    again = compare(toy_task(ids), seed=3, track=lambda name, steps: lambda run: None)
+    assert again.students["fastkd"].losses == comparison.students["fastkd"].losses
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="the system does not tell a process's peak memory")
+def test_peak_memory_is_at_least_the_gradient():
+    rows, classes = 512, 8192
+    usual, fast = (memory.peak_bytes(name, rows, classes, CPU) for name in ("usual", "fastkd"))
+    assert 4 * rows * classes <= fast < usual

@@ -1,0 +1,38 @@
+"""The Triton kernels compile for every target with no GPU, without spills and with 16-byte accesses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "aot.py"
+# Of its text: to import it would load Triton as a compiler here, where it interprets.
+TARGETS = re.findall(r'^ +"(\w+)": GPUTarget', PROGRAM.read_text(), re.MULTILINE)
+LOSS_ALONE = "-loss-"  # writes no matrix
+
+
+def test_targets() -> None:
+    assert {"sm_80", "sm_90", "sm_100", "gfx942"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target: str) -> None:
+    result = subprocess.run([sys.executable, str(PROGRAM), target], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = json.loads(result.stdout)
+    families = {name.partition("-")[0] for name in kernels}
+    assert families == {"kd_rows", "log_softmax", "log_softmax_backward", "scale"}
+    faults = []
+    for name, resources in kernels.items():
+        if resources["spills"]:
+            faults.append(f"{name}: {resources['spills']} bytes spilled")
+        if not resources["loads_16"]:
+            faults.append(f"{name}: no 16-byte load")
+        if LOSS_ALONE not in name and not resources["stores_16"]:
+            faults.append(f"{name}: no 16-byte store")
+    assert not faults, "\n".join(faults)

@@ -1,0 +1,144 @@
+"""The judge: the loss in float64, from the textbook definitions, differentiated by autograd.
+
+It imports only torch and shares nothing with the package. Nothing here is fast, in place or clever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+class Parts(NamedTuple):
+    """The loss, and the means of its two terms over the rows that count, unweighted."""
+
+    loss: Tensor
+    hard: Tensor
+    soft: Tensor
+
+
+def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) = Σ p·log(p/q), with 0·log(0/q) = 0."""
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
+
+
+def log(p: Tensor) -> Tensor:
+    """log p, without a gradient where p = 0."""
+    return torch.where(p > 0, torch.where(p > 0, p, 1.0).log(), -math.inf)
+
+
+def forward_kl(log_t: Tensor, log_s: Tensor) -> Tensor:
+    return kl(log_t.exp(), log_t, log_s)
+
+
+def reverse_kl(log_t: Tensor, log_s: Tensor) -> Tensor:
+    """KL(p_s‖p_t): infinite where the student has mass and the teacher none. Such a row has no gradient: 0."""
+    infinite = ((log_s > -math.inf) & (log_t == -math.inf)).any(-1)
+    finite_log_t = torch.where(infinite.unsqueeze(-1), 0.0, log_t)
+    return torch.where(infinite, math.inf, kl(log_s.exp(), log_s, finite_log_t))
+
+
+def cross_entropy(log_t: Tensor, log_s: Tensor) -> Tensor:
+    p_t = log_t.exp()
+    return -(p_t * torch.where(p_t > 0, log_s, 0.0)).sum(-1)
+
+
+def tvd(log_t: Tensor, log_s: Tensor) -> Tensor:
+    return 0.5 * (log_t.exp() - log_s.exp()).abs().sum(-1)
+
+
+def jsd(beta: float) -> Divergence:
+    def divergence(log_t: Tensor, log_s: Tensor) -> Tensor:
+        p_t, p_s = log_t.exp(), log_s.exp()
+        log_m = log(beta * p_t + (1.0 - beta) * p_s)
+        return beta * kl(p_t, log_t, log_m) + (1.0 - beta) * kl(p_s, log_s, log_m)
+
+    return divergence
+
+
+def skew_kl(lam: float) -> Divergence:
+    def divergence(log_t: Tensor, log_s: Tensor) -> Tensor:
+        return kl(log_t.exp(), log_t, log(lam * log_t.exp() + (1.0 - lam) * log_s.exp()))
+
+    return divergence
+
+
+def skew_reverse_kl(lam: float) -> Divergence:
+    def divergence(log_t: Tensor, log_s: Tensor) -> Tensor:
+        return kl(log_s.exp(), log_s, log((1.0 - lam) * log_t.exp() + lam * log_s.exp()))
+
+    return divergence
+
+
+def family(c_t: float, c_s: float, w: float) -> Divergence:
+    """c_t·KL(p_t‖m) + c_s·KL(p_s‖m), m = w·p_t + (1−w)·p_s, for 0 < w < 1."""
+
+    def divergence(log_t: Tensor, log_s: Tensor) -> Tensor:
+        p_t, p_s = log_t.exp(), log_s.exp()
+        log_m = log(w * p_t + (1.0 - w) * p_s)
+        return c_t * kl(p_t, log_t, log_m) + c_s * kl(p_s, log_s, log_m)
+
+    return divergence
+
+
+def hard_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """−Σ q·log softmax(z), q = (1−ε)·1_y + ε/V."""
+    log_p = torch.log_softmax(logits, -1)
+    of_label = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if label_smoothing == 0.0:
+        return of_label
+    return (1.0 - label_smoothing) * of_label - label_smoothing * log_p.mean(-1)
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: Divergence = forward_kl,
+    temperature: float = 1.0,
+    hard_weight: float | None = None,
+    soft_weight: float = 1.0,
+    scale_soft_by_t2: bool = True,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Parts:
+    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)), over the rows that count, in float64."""
+    counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if labels is not None:
+        counts = counts & (labels != ignore_index)
+    if mask is not None:
+        counts = counts & mask
+
+    z, u = student.double()[..., :vocab_size][counts], teacher.double()[..., :vocab_size][counts]
+    hard = torch.zeros_like(z[:, 0]) if labels is None else hard_loss(z, labels[counts], label_smoothing)
+    soft = divergence(torch.log_softmax(u / temperature, -1), torch.log_softmax(z / temperature, -1))
+
+    # A term of weight 0 is absent, even where it is infinite.
+    rows = 0.0 * z.new_zeros(len(z))
+    if hard_weight:
+        rows = rows + hard_weight * hard
+    if soft_weight:
+        rows = rows + soft_weight * (temperature**2 if scale_soft_by_t2 else 1.0) * soft
+    if token_weights is not None:
+        rows = rows * token_weights.double()[counts]
+
+    number = max(len(z), 1)
+    if reduction == "none":
+        loss = torch.zeros(counts.shape, dtype=torch.float64, device=z.device).masked_scatter(counts, rows)
+    elif reduction == "sum":
+        loss = rows.sum()
+    else:
+        loss = rows.sum() / (number if num_items is None else num_items)
+    return Parts(loss, hard.detach().sum() / number, soft.detach().sum() / number)

@@ -1,0 +1,191 @@
+"""The registered operators and ``torch.compile``: schemas, fake tensors, one graph, no recompiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import _dispatch
+from fastkd._request import NUM_STATS
+from tests.cases import inputs
+
+BOTH = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
+ROWS, COLUMNS = (2, 3), 17
+SPEC = (2.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS)  # temperature, formula, c_t, c_s, w, label_smoothing, vocab_size
+JSD = (1.0, 0, 0.5, 0.5, 0.5, 0.1, COLUMNS - 2)
+
+
+def rows(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """student, teacher, labels, hard_scale, soft_scale"""
+    student, teacher, labels = inputs(ROWS, COLUMNS, dtype, device=device)
+    return student, teacher, labels % (COLUMNS - 2), torch.rand(ROWS, device=device), torch.rand(ROWS, device=device)
+
+
+def stats(device: str) -> Tensor:
+    return torch.rand(*ROWS, NUM_STATS, device=device)
+
+
+CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
+    "kd_rows": ("kd_rows", lambda device: (*rows(device), *SPEC, True)),
+    "kd_rows_jsd": ("kd_rows", lambda device: (*rows(device, torch.bfloat16), *JSD, True)),
+    "kd_rows_loss": ("kd_rows", lambda device: (*rows(device), *SPEC, False)),
+    "kd_rows_soft": ("kd_rows", lambda device: (*rows(device)[:2], None, None, rows(device)[4], *SPEC, True)),
+    "kd_rows_hard": ("kd_rows", lambda device: (rows(device)[0], None, *rows(device)[2:4], None, *SPEC, True)),
+    "kd_rows_": ("kd_rows_", lambda device: (*rows(device), *SPEC)),
+    "kd_grad": ("kd_grad", lambda device: (*rows(device), stats(device), *SPEC)),
+    "kd_grad_": ("kd_grad_", lambda device: (*rows(device), stats(device), *JSD)),
+    "scale_": ("scale_", lambda device: (rows(device)[0], torch.tensor(2.0, device=device))),
+    "log_softmax": ("log_softmax", lambda device: (rows(device)[0], 2.0, torch.bfloat16)),
+    "log_softmax_backward": (
+        "log_softmax_backward", lambda device: (*rows(device)[:2], torch.rand(ROWS, device=device), 2.0)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_opcheck(backend: str, device: str, call: str) -> None:
+    """Schema, fake implementation and autograd registration agree with what the operator does."""
+    name, arguments = CALLS[call]
+    operator = getattr(torch.ops.fastkd, name).default
+    torch.library.opcheck(operator, (*arguments(device), backend))
+
+
+def test_every_operator_is_checked() -> None:
+    everything = torch._C._dispatch_get_all_op_names()
+    registered = {name.partition("::")[2] for name in everything if name.startswith("fastkd::")}
+    assert registered == {name for name, _ in CALLS.values()}
+
+
+# What PyTorch's compiler warns its own parts of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, **keys, **BOTH),
+    "sum": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, reduction="sum", **keys, **BOTH),
+    "none": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, reduction="none", **keys, **BOTH).square().sum(),
+    "soft": lambda z, u, y, **keys: fastkd.kd_loss(z, u, mask=y > 3, divergence=fastkd.JSD(0.5), **keys),
+    "weighted": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, token_weights=z[..., 0].detach(), **keys, **BOTH),
+    "items": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, num_items=(y >= 0).sum(), **keys, **BOTH),
+    "parts": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, return_parts=True, **keys, **BOTH)[0],
+    "module": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, **keys)(z, u, y),
+    "log_softmax": lambda z, u, y, **keys: -(u * fastkd.log_softmax(z, temperature=2.0, **keys)).sum(),
+}
+
+
+def gradient(loss: Callable[..., Tensor], hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, gradient)"""
+    hidden = hidden.detach().requires_grad_()
+    value = loss(hidden, *rest)
+    value.backward(torch.tensor(0.5, device=value.device))
+    assert hidden.grad is not None
+    return value.detach(), hidden.grad
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", _dispatch.NAMES)
+def test_compile(device: str, backend: str, name: str) -> None:
+    """One graph, and what eager gives, value and gradient."""
+    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend):
+        pytest.skip(why)
+    given = inputs(ROWS, COLUMNS, device=device)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return LOSSES[name](*tensors, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(gradient(compiled, *given), gradient(loss, *given), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["mean", "none"])
+def test_compile_with_inductor(device: str, name: str) -> None:
+    """The default compiler, which plans memory and generates code around the operators."""
+    given = inputs(ROWS, COLUMNS, torch.bfloat16, device=device)
+    compiled = torch.compile(LOSSES[name], fullgraph=True)
+    for actual, expected in zip(gradient(compiled, *given), gradient(LOSSES[name], *given), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-2 if actual.dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+# Numbers that stand in the code stay numbers under dynamic=True.
+SHAPED: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3),
+    "none": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3, reduction="none").square().sum(),
+    "log_softmax": lambda z, u, y: -(u * fastkd.log_softmax(z, temperature=2.0)).sum(),
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", SHAPED)
+def test_dynamic_shapes(device: str, name: str) -> None:
+    """Neither another number of rows nor another vocabulary compiles again, once a dimension is known to vary."""
+    graphs = []
+
+    def count(module: torch.fx.GraphModule, example: list[Any]) -> Callable[..., Any]:
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(SHAPED[name], fullgraph=True, backend=count, dynamic=True)
+    for shape, columns in (((2, 3), 17), ((4, 3), 19), ((5, 7), 40), ((6, 2), 129)):
+        given = inputs(shape, columns, device=device)
+        for actual, expected in zip(gradient(compiled, *given), gradient(SHAPED[name], *given), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    assert len(graphs) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("argument", ["temperature", "hard_weight", "soft_weight", "label_smoothing"])
+def test_schedule(device: str, argument: str) -> None:
+    """A number that changes from step to step, which the compiler then traces as unknown."""
+    given = inputs(ROWS, COLUMNS, device=device)
+
+    def loss(step: float, *tensors: Tensor) -> Tensor:
+        return fastkd.kd_loss(*tensors, **BOTH | {argument: step})
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for step in (0.25, 0.5, 0.75):
+        torch.testing.assert_close(compiled(step, *given), loss(step, *given), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_refuses_in_place(device: str) -> None:
+    """The compiler plans the memory that would be overwritten."""
+    given = inputs(ROWS, COLUMNS, device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(hidden: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return fastkd.kd_loss(hidden * 2, teacher, labels, inplace_backward=True, **BOTH)
+
+    with pytest.raises(Exception, match="inplace_backward: got True, but student_logits are in a compiled function"):
+        loss(given[0].requires_grad_(), *given[1:])
+
+
+def test_fake_tensors(backend: str) -> None:
+    """Shapes and dtypes without data: what a planner of memory sees."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        student = torch.empty(2, 3, 50257, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(2, 3, dtype=torch.int64)
+        for reduction, shape in (("mean", ()), ("none", (2, 3))):
+            loss = fastkd.kd_loss(student, student.detach(), labels, reduction=reduction, backend=backend, **BOTH)
+            assert (loss.shape, loss.dtype) == (shape, torch.float32)
+            (grad,) = torch.autograd.grad(loss.sum(), student)
+            assert (grad.shape, grad.dtype) == (student.shape, torch.bfloat16)

@@ -21,10 +21,10 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 class _SecondOrder(torch.autograd.Function):
-    """Identity on a gradient; differentiating it is the second derivative that does not exist here."""
+    """The gradient, as if it depended on ``source``; its derivative is the second one, which does not exist here."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, grad: Tensor, source: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -32,10 +32,13 @@ class _SecondOrder(torch.autograd.Function):
         raise RuntimeError("fastkd has no second-order gradient: its backward cannot be differentiated")
 
 
-def _final(grad: Tensor) -> Tensor:
-    """A gradient on its way out: under create_graph=True it carries a node that refuses to be differentiated."""
+def _final(grad: Tensor, source: Tensor) -> Tensor:
+    """A gradient on its way out: under create_graph=True it carries a node that refuses to be differentiated.
+
+    ``source`` leads to the logits in the graph, so that the node stands in the way of every derivative by them.
+    """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _SecondOrder.apply(grad.detach().requires_grad_(True))  # type: ignore[no-any-return, no-untyped-call]
+        return _SecondOrder.apply(grad, source)  # type: ignore[no-any-return, no-untyped-call]
     return grad
 
 
@@ -60,11 +63,12 @@ class _ScalarLoss(torch.autograd.Function):
         if inplace:
             hard, soft = _op.kd_rows_(*rows, backend)
             ctx.mark_dirty(student)
-            ctx.save_for_backward(student)
+            grad = student
         else:
             hard, soft, _, grad = _op.kd_rows(*rows, want_grad, backend)
-            ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(hard, soft)
+        # soft is nobody's to change and, left differentiable, leads back to the logits without keeping them.
+        ctx.save_for_backward(grad, soft)
+        ctx.mark_non_differentiable(hard)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         loss = _weighted(hard, soft, hard_scale, soft_scale).sum()
@@ -78,15 +82,14 @@ class _ScalarLoss(torch.autograd.Function):
             raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
         if grad_loss is None:
             return (None,) * 8
-        (grad,) = ctx.saved_tensors
+        grad, soft = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
         else:
             if _keeps_graph():  # a second backward will want it unscaled
                 grad = grad.clone()
-            if not (grad_loss.is_cpu and grad_loss.item() == 1):  # elsewhere, looking would synchronise
-                _op.scale_(grad, grad_loss, ctx.backend)
-        return _final(grad), *(None,) * 7
+            _op.scale_(grad, grad_loss, ctx.backend)
+        return _final(grad, soft), *(None,) * 7
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -119,10 +122,11 @@ class _LossPerRow(torch.autograd.Function):
         hard_scale, soft_scale = (s if s is None else s * grad_loss for s in (hard_scale, soft_scale))
         rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, ctx.backend)
         if ctx.inplace:
-            student = student.detach()
-            _op.kd_grad_(student, *rows[1:])
-            return _final(student), *(None,) * 7
-        return _final(_op.kd_grad(*rows)), *(None,) * 7
+            grad = student.detach()
+            _op.kd_grad_(grad, *rows[1:])
+        else:
+            grad = _op.kd_grad(*rows)
+        return _final(grad, student), *(None,) * 7
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -138,7 +142,7 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         logits, lse = ctx.saved_tensors
         grad = _op.log_softmax_backward(grads[0], logits, lse, ctx.temperature, ctx.backend)
-        return _final(grad), None, None, None
+        return _final(grad, logits), None, None, None
 
 
 def kd_rows(
@@ -158,7 +162,8 @@ def kd_rows(
     if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
         student = student.detach()
     out = function.apply(student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend)  # type: ignore[no-untyped-call]
-    return out[:3]  # type: ignore[no-any-return]
+    loss, hard, soft = out[:3]
+    return loss, hard, soft.detach()
 
 
 def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:

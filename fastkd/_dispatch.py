@@ -34,10 +34,10 @@ class Backend(Protocol):
         """``grad *= scalar``, which is 0-d and is read on the device; nothing is written if it is 1."""
 
     def log_softmax(self, logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
-        """``out = logits/T − lse``; ``lse`` [N] is kept for the backward."""
+        """``out`` and, for the backward, ``lse`` [N, 2]: the peak and log Σ exp((logits − peak)/T)."""
 
     def log_softmax_backward(self, grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
-        """``out = (grad − exp(logits/T − lse)·Σ grad)/T``."""
+        """``out = (grad − softmax(logits/T)·Σ grad)/T``."""
 
 
 # Modules of fastkd.backends. Of those that can run, the automatic choice is the first in the device's list.

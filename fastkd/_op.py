@@ -104,7 +104,7 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
     """(log-probabilities, normalisers)."""
     out, lse = _log_softmax_outputs(logits, dtype)
     logits_view, out_view = row_views(logits, out)
-    _dispatch.choose(logits, backend).log_softmax(logits_view, out_view, flat(lse), temperature)
+    _dispatch.choose(logits, backend).log_softmax(logits_view, out_view, lse.view(-1, 2), temperature)
     return out, lse
 
 
@@ -115,13 +115,13 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
 def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, temperature: float, backend: str) -> Tensor:
     out = _gradient(logits)
     grad_view, logits_view, out_view = row_views(grad, logits, out)
-    _dispatch.choose(logits, backend).log_softmax_backward(grad_view, logits_view, flat(lse), out_view, temperature)
+    _dispatch.choose(logits, backend).log_softmax_backward(grad_view, logits_view, lse.view(-1, 2), out_view, temperature)
     return out
 
 
 def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    return out, torch.empty(logits.shape[:-1], dtype=_compute_dtype(logits), device=logits.device)
+    return out, torch.empty((*logits.shape[:-1], 2), dtype=_compute_dtype(logits), device=logits.device)
 
 
 def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

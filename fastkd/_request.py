@@ -54,7 +54,8 @@ class Rows(NamedTuple):
     soft_scale: Tensor | None  # [N] likewise
 
 
-# Columns of the statistics [N, 5] that the loss hands to the gradient: natural-log normalisers of z, z/T and u/T;
-# G = Σ ∂D/∂b; and 1 − p_y at temperature 1, kept apart because p_y − 1 has no digits left as p_y → 1.
-LSE_HARD, LSE_STUDENT, LSE_TEACHER, GRAD_SUM, LABEL_REST = range(5)
-NUM_STATS = 5
+# Columns of the statistics [N, 7] that the loss hands to the gradient: the peaks max z and max u (0 where all is −inf);
+# log Σ exp of z − peak, (z − peak)/T and (u − peak)/T, kept apart from the peaks because far from 0 their sum has no
+# digits left for an exponent; G = Σ ∂D/∂b; and 1 − p_y at temperature 1, since p_y − 1 has none as p_y → 1.
+PEAK_STUDENT, PEAK_TEACHER, LOG_HARD, LOG_STUDENT, LOG_TEACHER, GRAD_SUM, LABEL_REST = range(7)
+NUM_STATS = 7

@@ -29,7 +29,7 @@ def check_temperature(temperature: float) -> None:
 def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace of a varying number
         raise ValueError(f"{name}: got {value}, must be finite")
 
 

@@ -8,7 +8,7 @@ Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft 
 Stages  1 normalisers, walking forward; 2 sums of term and g; 3 gradient. Stages 2 and 3 walk back, since the row's
         tail is still in L2. Loss alone is 1 and 2. Loss and gradient is 1 and 3, term summed in 3, where G is known
         before g (see divergence.py); else it is two launches, 1 and 2, then 3 from the statistics.
-Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 5] fp32.
+Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 7] fp32.
 Bytes   an element, e bytes wide: loss 4e (two walks over two tensors); gradient from statistics 3e; loss and gradient
         5e, or 7e in two launches. The floors are 2e, 3e and 3e: a row of both tensors does not fit in one SM.
 Grid    one program a row, BLOCK columns a step. A row whose scales are 0 is not read.
@@ -30,16 +30,19 @@ from fastkd.kernels.lse import (
     tile_range,
 )
 
-from fastkd._request import GRAD_SUM, LABEL_REST, LSE_HARD, LSE_STUDENT, LSE_TEACHER, NUM_STATS, Rows, RowSpec
+from fastkd import _request
+from fastkd._request import Rows, RowSpec
 
 _CONSTANT = tl.constexpr(GRAD_SUM_CONSTANT)
 _ONLINE = tl.constexpr(GRAD_SUM_ONLINE)
-_LSE_HARD = tl.constexpr(LSE_HARD)
-_LSE_STUDENT = tl.constexpr(LSE_STUDENT)
-_LSE_TEACHER = tl.constexpr(LSE_TEACHER)
-_GRAD_SUM = tl.constexpr(GRAD_SUM)
-_LABEL_REST = tl.constexpr(LABEL_REST)
-_NUM_STATS = tl.constexpr(NUM_STATS)
+PEAK_STUDENT = tl.constexpr(_request.PEAK_STUDENT)
+PEAK_TEACHER = tl.constexpr(_request.PEAK_TEACHER)
+LOG_HARD = tl.constexpr(_request.LOG_HARD)
+LOG_STUDENT = tl.constexpr(_request.LOG_STUDENT)
+LOG_TEACHER = tl.constexpr(_request.LOG_TEACHER)
+GRAD_SUM = tl.constexpr(_request.GRAD_SUM)
+LABEL_REST = tl.constexpr(_request.LABEL_REST)
+NUM_STATS = tl.constexpr(_request.NUM_STATS)
 
 
 @triton.jit
@@ -78,16 +81,17 @@ def kd_rows_kernel(
     length = n + head
     inv_t = 1.0 / temperature
     k = inv_t * LOG2_E
-    stats_ptr += row.to(tl.int64) * _NUM_STATS
+    stats_ptr += row.to(tl.int64) * NUM_STATS
 
     y = -1
     if HARD:
         label = tl.load(y_ptr + row)
         valid = (label >= 0) & (label < n)
         y = tl.where(valid, label, -1).to(tl.int32)
+        z_y = tl.where(valid, tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32), float("nan"))
+        anchor = tl.where(z_y == -float("inf"), 0.0, z_y)  # far from 0 a sum of z has no digits for mean z − z_y
 
-    # Stage 1. log₂ normalisers of z, z/T, u/T, relative to the peaks, since far from 0 a sum with those has no digits
-    # left for an exponent (from the statistics, where they are sums, the shifts are 0); 1 − p_y; G if it is averaged.
+    # Stage 1. The peaks; log₂ normalisers of z, z/T, u/T, relative to them; 1 − p_y; G if it is averaged.
     z_shift = 0.0
     u_shift = 0.0
     lse_h = 0.0
@@ -96,20 +100,22 @@ def kd_rows_kernel(
     grad_sum = -c_t
     rest = 0.0
     if FROM_STATS:
+        z_shift = tl.load(stats_ptr + PEAK_STUDENT)
         if HARD:
-            lse_h = tl.load(stats_ptr + _LSE_HARD) * LOG2_E
-            rest = tl.load(stats_ptr + _LABEL_REST)
+            lse_h = tl.load(stats_ptr + LOG_HARD) * LOG2_E
+            rest = tl.load(stats_ptr + LABEL_REST)
         if SOFT:
-            lse_s = tl.load(stats_ptr + _LSE_STUDENT) * LOG2_E
-            lse_t = tl.load(stats_ptr + _LSE_TEACHER) * LOG2_E
-            grad_sum = tl.load(stats_ptr + _GRAD_SUM)
+            u_shift = tl.load(stats_ptr + PEAK_TEACHER)
+            lse_s = tl.load(stats_ptr + LOG_STUDENT) * LOG2_E
+            lse_t = tl.load(stats_ptr + LOG_TEACHER) * LOG2_E
+            grad_sum = tl.load(stats_ptr + GRAD_SUM)
     else:
         z_peak = -float("inf")
         u_peak = -float("inf")
         sum_h = tl.zeros([BLOCK], tl.float32)  # Σ exp(z − peak), the label's column apart
         sum_s = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T)
         sum_t = tl.zeros([BLOCK], tl.float32)  # Σ exp((u − peak)/T)
-        sum_z = tl.zeros([BLOCK], tl.float32)  # Σ z
+        sum_z = tl.zeros([BLOCK], tl.float32)  # Σ z − z_y
         sum_diff = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T)·(z − u)
         sum_hole = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T) where u is −inf
         for masked in tl.static_range(2):
@@ -140,10 +146,10 @@ def kd_rows_kernel(
                         e_h = tl.exp2((z - z_shift) * LOG2_E)
                     sum_h = sum_h * rescale_h + tl.where(cols == y, 0.0, e_h)
                 if SMOOTH:
-                    sum_z += tl.where((cols >= 0) & (cols < n), z, 0.0)
+                    sum_z += tl.where((cols >= 0) & (cols < n), z - anchor, 0.0)
 
+        tl.store(stats_ptr + PEAK_STUDENT, z_shift)
         if HARD:
-            z_y = tl.where(valid, tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32), float("nan"))
             log_others = tl.log(tl.sum(sum_h, 0))
             t = (z_shift - z_y) + log_others
             small = tl.exp2(-tl.abs(t) * LOG2_E)
@@ -151,18 +157,21 @@ def kd_rows_kernel(
             rest = tl.where(t > 0.0, 1.0, small) / (1.0 + small)  # sigmoid
             lse_h = (tl.where(t > 0.0, log_others, z_y - z_shift) + log1p(small)) * LOG2_E
             if SMOOTH:
-                hard += smoothing * (z_y - tl.sum(sum_z, 0) / n)
+                hard -= smoothing * (tl.sum(sum_z, 0) / n)
             tl.store(hard_ptr + row, hard)
-            tl.store(stats_ptr + _LSE_HARD, lse_h * LN_2 + z_shift)
-            tl.store(stats_ptr + _LABEL_REST, rest)
+            tl.store(stats_ptr + LOG_HARD, lse_h * LN_2)
+            tl.store(stats_ptr + LABEL_REST, rest)
         else:
             tl.store(hard_ptr + row, 0.0)
+            tl.store(stats_ptr + LOG_HARD, 0.0)
+            tl.store(stats_ptr + LABEL_REST, 0.0)
         if SOFT:
             total = tl.sum(sum_s, 0)
             lse_s = tl.log2(total)
             lse_t = tl.log2(tl.sum(sum_t, 0))
-            tl.store(stats_ptr + _LSE_STUDENT, lse_s * LN_2 + z_shift * inv_t)
-            tl.store(stats_ptr + _LSE_TEACHER, lse_t * LN_2 + u_shift * inv_t)
+            tl.store(stats_ptr + PEAK_TEACHER, u_shift)
+            tl.store(stats_ptr + LOG_STUDENT, lse_s * LN_2)
+            tl.store(stats_ptr + LOG_TEACHER, lse_t * LN_2)
             if ONLINE:
                 mean = (tl.sum(sum_diff, 0) / total + (u_shift - z_shift)) * inv_t + (lse_t - lse_s) * LN_2
                 grad_sum = tl.where(tl.sum(sum_hole, 0) > 0.0, float("inf"), c_s * (1.0 + mean))
@@ -222,9 +231,13 @@ def kd_rows_kernel(
     if not FROM_STATS:
         if SOFT:
             tl.store(soft_ptr + row, tl.sum(sum_term, 0))
-            tl.store(stats_ptr + _GRAD_SUM, grad_sum)
+            tl.store(stats_ptr + GRAD_SUM, grad_sum)
         else:
             tl.store(soft_ptr + row, 0.0)
+            tl.store(stats_ptr + PEAK_TEACHER, 0.0)
+            tl.store(stats_ptr + LOG_STUDENT, 0.0)
+            tl.store(stats_ptr + LOG_TEACHER, 0.0)
+            tl.store(stats_ptr + GRAD_SUM, 0.0)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Temperature-scaled log-softmax, forward and backward.
 
-Math    out = x/T − lse(x/T);  dx = (dy − exp(x/T − lse)·Σ dy)/T
-Shapes  x, out, dy, dx [B, S, V] bf16|fp16|fp32, last stride 1; lse [N] fp32
+Math    out = (x − peak)/T − log Σ exp((x − peak)/T);  dx = (dy − exp(out)·Σ dy)/T
+Shapes  x, out, dy, dx [B, S, V] bf16|fp16|fp32, last stride 1; lse [N, 2] fp32: the peak, and the logarithm above
 Bytes   e bytes an element: forward 3e (x is read twice), backward 4e (dy is read twice). The floor is 2e and 3e; the
         second read of a row of 256 KB comes from L2 as long as there are few rows in flight.
 Grid    one program a row, BLOCK columns a step, the second walk backwards
@@ -38,6 +38,7 @@ def log_softmax_kernel(
     k = inv_t * LOG2_E
 
     peak = -float("inf")
+    shift = 0.0
     total = tl.zeros([BLOCK], tl.float32)
     for masked in tl.static_range(2):
         first, end = tile_range(length, BLOCK, PEEL, masked)
@@ -47,15 +48,17 @@ def log_softmax_kernel(
             old = peak
             peak, shift = new_peak(old, x)
             total = total * tl.exp2((old - shift) * k) + tl.exp2((x - shift) * k)
-    lse = peak * inv_t + tl.log2(tl.sum(total, 0)) * LN_2
-    tl.store(lse_ptr + row, lse)
+    lse = tl.log2(tl.sum(total, 0)) * LN_2
+    lse_ptr += row.to(tl.int64) * 2
+    tl.store(lse_ptr, shift)
+    tl.store(lse_ptr + 1, lse)
 
     for step in tl.static_range(2):
         first, end = tile_range(length, BLOCK, PEEL, 1 - step)
         for i in tl.range(first, end):
             tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
             x = load_tile(x_ptr, tile, head, columns, BLOCK, 1 - step)[1]
-            store_tile(out_ptr, tile, head, columns, x * inv_t - lse, BLOCK, 1 - step)
+            store_tile(out_ptr, tile, head, columns, (x - shift) * inv_t - lse, BLOCK, 1 - step)
 
 
 @triton.jit
@@ -84,7 +87,9 @@ def log_softmax_backward_kernel(
                 dy = tl.where((cols >= 0) & (cols < columns), dy, 0.0)
             total += dy
     grad_sum = tl.sum(total, 0)
-    lse = tl.load(lse_ptr + row) * LOG2_E
+    lse_ptr += row.to(tl.int64) * 2
+    shift = tl.load(lse_ptr)
+    lse = tl.load(lse_ptr + 1) * LOG2_E
 
     for step in tl.static_range(2):
         first, end = tile_range(length, BLOCK, PEEL, 1 - step)
@@ -92,12 +97,12 @@ def log_softmax_backward_kernel(
             tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
             x = load_tile(x_ptr, tile, head, columns, BLOCK, 1 - step)[1]
             dy = load_tile(dy_ptr, tile, head, columns, BLOCK, 1 - step)[1]
-            dx = (dy - tl.exp2(x * k - lse) * grad_sum) * inv_t
+            dx = (dy - tl.exp2((x - shift) * k - lse) * grad_sum) * inv_t
             store_tile(dx_ptr, tile, head, columns, dx, BLOCK, 1 - step)
 
 
 def log_softmax(x, out, lse, temperature: float) -> None:
-    """Fill ``out`` and ``lse`` [N] from [B, S, V] views ``x``, ``out``."""
+    """Fill ``out`` and ``lse`` [N, 2] from [B, S, V] views ``x``, ``out``."""
     outer, inner, columns = x.shape
     if outer * inner == 0:
         return
@@ -109,7 +114,7 @@ def log_softmax(x, out, lse, temperature: float) -> None:
 
 
 def log_softmax_backward(dy, x, lse, dx, temperature: float) -> None:
-    """Fill ``dx`` from [B, S, V] views ``dy``, ``x`` and the normalisers ``lse`` [N]."""
+    """Fill ``dx`` from [B, S, V] views ``dy``, ``x`` and the normalisers ``lse`` [N, 2]."""
     outer, inner, columns = x.shape
     if outer * inner == 0:
         return

@@ -29,16 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-# Faults that are known and not yet mended, a test a line. A line goes when its fault does.
-KNOWN_FAILURES = set((Path(__file__).parent / "known_failures.txt").read_text().splitlines())
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if item.nodeid in KNOWN_FAILURES:
-            item.add_marker(pytest.mark.xfail(reason="known, see tests/known_failures.txt", strict=False))
 
 
 @pytest.fixture

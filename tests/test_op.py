@@ -42,7 +42,7 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
     "scale_": ("scale_", lambda device: (rows(device)[0], torch.tensor(2.0, device=device))),
     "log_softmax": ("log_softmax", lambda device: (rows(device)[0], 2.0, torch.bfloat16)),
     "log_softmax_backward": (
-        "log_softmax_backward", lambda device: (*rows(device)[:2], torch.rand(ROWS, device=device), 2.0)
+        "log_softmax_backward", lambda device: (*rows(device)[:2], torch.rand(*ROWS, 2, device=device), 2.0)
     ),
 }  # fmt: skip
 

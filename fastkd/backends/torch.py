@@ -36,7 +36,8 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
-    """``stats`` stay unwritten: the gradient of this backend starts again from the logits."""
+    """``stats`` are all 0: the gradient of this backend starts again from the logits."""
+    stats.zero_()
     dead = _dead_rows(rows)
     for at, chunk, out in _chunks(rows, spec.vocab_size, grad):
         z = chunk.student.to(hard.dtype)
@@ -61,7 +62,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
 
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     hard, soft = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
-    kd_rows(rows, spec, hard, soft, stats, grad)
+    kd_rows(rows, spec, hard, soft, torch.empty_like(stats), grad)
 
 
 def scale_(grad: Tensor, scalar: Tensor) -> None:
@@ -77,15 +78,16 @@ def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) ->
     for at, (x, result) in _split(logits, out):
         z = x.to(lse.dtype)
         peak = z.amax(-1, keepdim=True)
-        normaliser = peak / temperature + _exps(z, peak, temperature).sum(-1, keepdim=True).log()
-        lse[at] = normaliser.squeeze(1)
-        result.copy_((z / temperature).sub_(normaliser))
+        log_sum = _exps(z, peak, temperature).sum(-1, keepdim=True).log_()
+        torch.cat((peak, log_sum), -1, out=lse[at])
+        result.copy_((z - peak).div_(temperature).sub_(log_sum))
 
 
 def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
     for at, (dy, x, result) in _split(grad, logits, out):
         g = dy.to(lse.dtype)
-        p = (x.to(lse.dtype) / temperature).sub_(lse[at].unsqueeze(1)).exp_()
+        peak, log_sum = lse[at].split(1, -1)
+        p = (x.to(lse.dtype) - peak).div_(temperature).sub_(log_sum).exp_()
         result.copy_(torch.addcmul(g, p, g.sum(-1, keepdim=True), value=-1.0).div_(temperature))
 
 
@@ -186,12 +188,13 @@ def _hard_term(
     z_y = z.gather(1, label)
     exp_y = exps.gather(1, label)
     others = exps.scatter_(1, label, 0.0).sum(-1, keepdim=True)
-    t = peak + others.log() - z_y
+    t = (peak - z_y) + others.log()
     hard = F.softplus(t)
     grad_y = -t.sigmoid()
     exps.mul_(scale / (others + exp_y))
     if spec.label_smoothing:
-        hard += spec.label_smoothing * (z_y - z.mean(-1, keepdim=True))
+        anchor = z_y.masked_fill(z_y == -math.inf, 0.0)  # far from 0 a mean of z has no digits left
+        hard -= spec.label_smoothing * (z - anchor).mean(-1, keepdim=True)
         grad_y += spec.label_smoothing * (1.0 - 1.0 / spec.vocab_size)
         exps -= scale * (spec.label_smoothing / spec.vocab_size)
     exps.scatter_(1, label, grad_y * scale)

@@ -115,7 +115,9 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
 def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, temperature: float, backend: str) -> Tensor:
     out = _gradient(logits)
     grad_view, logits_view, out_view = row_views(grad, logits, out)
-    _dispatch.choose(logits, backend).log_softmax_backward(grad_view, logits_view, lse.view(-1, 2), out_view, temperature)
+    _dispatch.choose(logits, backend).log_softmax_backward(
+        grad_view, logits_view, lse.view(-1, 2), out_view, temperature
+    )
     return out
 
 

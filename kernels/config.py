@@ -10,6 +10,8 @@ MAX_BLOCK = 2048
 # Columns a thread handles of a tile: two 16-byte loads of bfloat16.
 COLUMNS_PER_THREAD = 8
 VECTOR_BYTES = 16
+# Registers a thread, at most (ptxas). Left to itself it spills a few bytes to fit one more block on an SM.
+MAX_REGISTERS = 128
 
 
 def launch_options(columns: int, warp_size: int | None = None) -> dict[str, int | bool]:
@@ -18,7 +20,8 @@ def launch_options(columns: int, warp_size: int | None = None) -> dict[str, int 
     lanes = warp_size or (32 if torch.version.hip is None else 64)
     warps = max(1, block // (COLUMNS_PER_THREAD * lanes))
     # FP fusion is asked for because its default changes between versions of Triton.
-    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+    options: dict[str, int | bool] = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+    return options | ({"maxnreg": MAX_REGISTERS} if lanes == 32 else {})
 
 
 def row_strides(matrix: torch.Tensor | None) -> tuple[int, int]:

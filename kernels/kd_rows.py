@@ -86,10 +86,7 @@ def kd_rows_kernel(
     y = -1
     if HARD:
         label = tl.load(y_ptr + row)
-        valid = (label >= 0) & (label < n)
-        y = tl.where(valid, label, -1).to(tl.int32)
-        z_y = tl.where(valid, tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32), float("nan"))
-        anchor = tl.where(z_y == -float("inf"), 0.0, z_y)  # far from 0 a sum of z has no digits for mean z − z_y
+        y = tl.where((label >= 0) & (label < n), label, -1).to(tl.int32)
 
     # Stage 1. The peaks; log₂ normalisers of z, z/T, u/T, relative to them; 1 − p_y; G if it is averaged.
     z_shift = 0.0
@@ -118,6 +115,9 @@ def kd_rows_kernel(
         sum_z = tl.zeros([BLOCK], tl.float32)  # Σ z − z_y
         sum_diff = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T)·(z − u)
         sum_hole = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T) where u is −inf
+        if SMOOTH:  # far from 0 a sum of z would have no digits left
+            anchor = tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32)
+            anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
         for masked in tl.static_range(2):
             first, end = tile_range(length, BLOCK, PEEL, masked)
             for i in tl.range(first, end):
@@ -150,6 +150,7 @@ def kd_rows_kernel(
 
         tl.store(stats_ptr + PEAK_STUDENT, z_shift)
         if HARD:
+            z_y = tl.where(y >= 0, tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32), float("nan"))
             log_others = tl.log(tl.sum(sum_h, 0))
             t = (z_shift - z_y) + log_others
             small = tl.exp2(-tl.abs(t) * LOG2_E)

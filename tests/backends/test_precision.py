@@ -131,9 +131,7 @@ def test_large_logits(backend: str, device: str, name: str) -> None:
 @pytest.mark.parametrize("centre", [100.0, -1e3, 1e4])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd(0.5)"])
-def test_logits_far_from_0(
-    backend: str, device: str, name: str, temperature: float, centre: float
-) -> None:
+def test_logits_far_from_0(backend: str, device: str, name: str, temperature: float, centre: float) -> None:
     """Softmax does not see a common offset, nor may the rounding of its exponents."""
     student, teacher, labels = inputs((2,), 500, device=device)
     for reduction in ("mean", "none"):

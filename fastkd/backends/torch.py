@@ -86,7 +86,7 @@ def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) ->
 def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
     for at, (dy, x, result) in _split(grad, logits, out):
         g = dy.to(lse.dtype)
-        peak, log_sum = lse[at].split(1, -1)
+        peak, log_sum = lse[at].chunk(2, -1)
         p = (x.to(lse.dtype) - peak).div_(temperature).sub_(log_sum).exp_()
         result.copy_(torch.addcmul(g, p, g.sum(-1, keepdim=True), value=-1.0).div_(temperature))
 

@@ -32,7 +32,7 @@ struct KDRowsParams {
     const float* soft_scale = nullptr;  // [N]
     float* hard = nullptr;              // [N]
     float* soft = nullptr;              // [N]
-    float* stats = nullptr;             // [N, 5], see Stats
+    float* stats = nullptr;             // [N, 7], see Stats
     int64_t rows = 0, inner_rows = 0;   // N = B·S, S
     int64_t n = 0, columns = 0;         // tokens, and columns of z and dz: those past n get gradient 0
     float temperature = 1.0f, c_t = 1.0f, c_s = 0.0f, w = 0.0f, smoothing = 0.0f;
@@ -40,14 +40,17 @@ struct KDRowsParams {
     bool from_stats = false;            // the gradient alone, from stats
 };
 
-// Columns of the statistics, as in fastkd/_request.py: natural-log normalisers of z, z/T, u/T; G; 1 − p_y.
-enum Stats : int { kLseHard, kLseStudent, kLseTeacher, kGradSum, kLabelRest, kNumStats };
+// Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak, (z − peak)/T and
+// (u − peak)/T; G; 1 − p_y. Those of an absent term are 0.
+enum Stats : int {
+    kPeakStudent, kPeakTeacher, kLogHard, kLogStudent, kLogTeacher, kGradSum, kLabelRest, kNumStats
+};
 
 struct LogSoftmaxParams {
     Matrix x;                          // [B, S, columns] logits
     Matrix out;                        // [B, S, columns] log-probabilities, or the logits' gradient
     Matrix dy;                         // [B, S, columns] gradient of the log-probabilities; no data: forward
-    float* lse = nullptr;              // [N] written forward, read backward
+    float* lse = nullptr;              // [N, 2] written forward, read backward: peak, log Σ exp((x − peak)/T)
     int64_t rows = 0, inner_rows = 0;  // N = B·S, S
     int64_t columns = 0;
     float temperature = 1.0f;

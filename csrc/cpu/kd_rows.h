@@ -5,11 +5,12 @@
 //         S comes with stage 1 where a mean of d under p_t or p_s gives it (Moment). Near 0, where that mean has no
 //         digits left, it is summed again from terms that are small themselves; a true mixture is always summed so.
 // Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32 (u and dz fp64 too), last stride 1; labels [N] int64; scales, losses [N]
-//         fp32; stats [N, 5] fp32. scratch: three rows and three tiles of float, and nine numbers a tile.
+//         fp32; stats [N, 7] fp32. scratch: three rows and three tiles of float, and nine numbers a tile.
 // Bytes   of memory: reads z and u, writes dz, each once. Of the cache: 8 a column written and read for the
 //         exponentials, and z and u again where g or a small S needs d.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <type_traits>
@@ -95,15 +96,14 @@ class Row {
 
     void gradient_from_stats() {
         const float* stats = p_.stats + row_ * kNumStats;
-        if (kSoft) {
-            base_.shift = stats[kLseTeacher] - stats[kLseStudent];
-            base_.grad_sum = stats[kGradSum];
-        }
+        z_peak_ = stats[kPeakStudent];
+        u_peak_ = stats[kPeakTeacher];
+        total_h_ = std::exp(static_cast<double>(stats[kLogHard]));
+        total_s_ = std::exp(static_cast<double>(stats[kLogStudent]));
+        total_t_ = std::exp(static_cast<double>(stats[kLogTeacher]));
+        base_.shift = shift_between(static_cast<double>(stats[kLogTeacher]) - stats[kLogStudent]);
+        base_.grad_sum = stats[kGradSum];
         rest_ = stats[kLabelRest];
-        // Logits less these give exp((z − shift)/T) = p_s at once.
-        from_stats_[0] = stats[kLseStudent] * p_.temperature;
-        from_stats_[1] = stats[kLseTeacher] * p_.temperature;
-        from_stats_[2] = stats[kLseHard];
         stage3<true>();
     }
 
@@ -140,7 +140,14 @@ class Row {
                                             e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums);
     }
 
+    // Of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).
+    float shift_between(double log_sums) const {
+        return static_cast<float>((static_cast<double>(u_peak_) - z_peak_) / p_.temperature + log_sums);
+    }
+
     void stage1() {
+        if (p_.labels) z_y_ = label_ < 0 ? kNaN : *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
+        const float anchor = shift_of(z_y_);  // far from 0 a sum of z has no digits left
         float z_peak = -kInfinity, u_peak = -kInfinity;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             const Tile t = tile(i);
@@ -148,7 +155,7 @@ class Row {
             z_peak = z_peaks_[i] > z_peak ? z_peaks_[i] : z_peak;
             u_peaks_[i] = kSoft ? max_of(t.u, t.n) : 0.0f;
             u_peak = u_peaks_[i] > u_peak ? u_peaks_[i] : u_peak;
-            if (p_.smoothing > 0.0f && p_.labels) sum_z_ += sum_of(t.z, t.n);
+            if (p_.smoothing > 0.0f && p_.labels) sum_z_ += sum_of(t.z, t.n, anchor);
             ExpSums sums;
             with_hard<kSoft>(hard_mode_, [&](auto hard) {
                 around_label(t, [&](int first, int end, bool is_label) {
@@ -182,23 +189,24 @@ class Row {
         float* stats = p_.stats + row_ * kNumStats;
         p_.hard[row_] = 0.0f;
         p_.soft[row_] = 0.0f;
+        std::fill_n(stats, static_cast<int>(kNumStats), 0.0f);
+        stats[kPeakStudent] = shift_of(z_peak_);
         if (p_.labels) {
-            const float z_y = label_ < 0 ? kNaN : *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
-            const double others = std::log(h) + z_peak_;
-            const LabelTerm term = label_term(static_cast<float>(others - z_y));
-            total_h_ = h + exp(z_y - shift_of(z_peak_));
+            const LabelTerm term = label_term(static_cast<float>(std::log(h) + (static_cast<double>(z_peak_) - z_y_)));
+            total_h_ = h + exp(z_y_ - shift_of(z_peak_));
             rest_ = term.rest;
-            const double mean = sum_z_ / static_cast<double>(n_);
-            p_.hard[row_] = p_.smoothing > 0.0f ? static_cast<float>(term.loss + p_.smoothing * (z_y - mean)) : term.loss;
-            stats[kLseHard] = static_cast<float>(std::log(total_h_) + z_peak_);
+            p_.hard[row_] = term.loss;
+            if (p_.smoothing > 0.0f)
+                p_.hard[row_] -= static_cast<float>(p_.smoothing * sum_z_ / static_cast<double>(n_));
+            stats[kLogHard] = static_cast<float>(std::log(total_h_));
             stats[kLabelRest] = rest_;
         }
         if (kSoft) {
-            stats[kLseStudent] = static_cast<float>(std::log(s) + static_cast<double>(z_peak_) / p_.temperature);
-            stats[kLseTeacher] = static_cast<float>(std::log(t) + static_cast<double>(u_peak_) / p_.temperature);
+            stats[kPeakTeacher] = shift_of(u_peak_);
+            stats[kLogStudent] = static_cast<float>(std::log(s));
+            stats[kLogTeacher] = static_cast<float>(std::log(t));
             log_sums_ = std::log(t / s);
-            base_.shift =
-                static_cast<float>((static_cast<double>(u_peak_) - z_peak_) / p_.temperature + log_sums_);
+            base_.shift = shift_between(log_sums_);
         }
     }
 
@@ -268,8 +276,6 @@ class Row {
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f;
         const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ : 0.0f;
         const float smooth = p_.smoothing / static_cast<float>(n_);
-        const float h_from_stats =
-            hard_mode_ == Hard::kOwn ? 1.0f : exp(from_stats_[0] - from_stats_[2]);
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
         constexpr GradSource kSource = !kSoft    ? GradSource::kNoSoft
                                        : kSummed ? GradSource::kKept
@@ -278,14 +284,13 @@ class Row {
             const bool load = kFromStats || (kSource == GradSource::kFunctor && Functor::kGradNeedsRatio);
             const Tile t = tile(i, load, load);
             const int64_t kept = kFromStats ? 0 : t.at;
-            TileFactors by = kFromStats ? base_ : factors(i);
-            if (kFromStats) by.p_s = by.p_t = 1.0f, by.inv_t = inv_t_;
+            if (kFromStats) by_s_[i] = by_t_[i] = by_h_[i] = 1.0f;  // all tiles relative to the row's peaks
+            TileFactors by = factors(i);
             float* dz = out_tile(dz_row, p_.dz.dtype, t.at, dz_tile_);
             with_hard<kSoft>(hard_mode_, [&](auto hard) {
                 if constexpr (kFromStats) {
                     ExpSums sums;
-                    exponentials_of<hard.value, Moment::kNone>(t, 0, t.n, from_stats_[0], from_stats_[1],
-                                                               from_stats_[2], 0, sums);
+                    exponentials_of<hard.value, Moment::kNone>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, sums);
                     if constexpr (kSummed) {
                         TermSums terms;
                         evaluate<true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
@@ -297,9 +302,7 @@ class Row {
                         by.hard = 0.0f;
                         by.constant = hard_scale * (p_.smoothing - smooth - rest_);
                     } else if (p_.labels) {
-                        const float p_h =
-                            kFromStats ? h_from_stats : static_cast<float>(by_h_[i] / total_h_);
-                        by.hard = hard_scale * p_h;
+                        by.hard = hard_scale * static_cast<float>(by_h_[i] / total_h_);
                         by.constant = -hard_scale * smooth;
                     }
                     gradient<kSource, hard.value>(functor_, t.z + first, t.u + first, end - first, by,
@@ -323,7 +326,7 @@ class Row {
     float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *by_s_, *by_t_, *by_h_;
     float z_peak_ = 0.0f, u_peak_ = 0.0f;
     double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0;
-    float rest_ = 0.0f, from_stats_[3] = {};
+    float z_y_ = 0.0f, rest_ = 0.0f;
     TileFactors base_;
 };
 

@@ -1,7 +1,7 @@
 // Temperature-scaled log-softmax, forward and backward, and the scaling of a gradient: one row on one core.
 //
-// Math    out = x/T − lse(x/T);  dx = (dy − exp(x/T − lse)·Σ dy)/T;  x *= s
-// Shapes  x, out, dy, dx [B, S, V] bf16|fp16|fp32|fp64, last stride 1; lse [N] fp32. scratch: three tiles, and two
+// Math    out = (x − peak)/T − log Σ exp((x − peak)/T);  dx = (dy − exp(out)·Σ dy)/T;  x *= s
+// Shapes  x, out, dy, dx [B, S, V] bf16|fp16|fp32|fp64, last stride 1; lse [N, 2] fp32. scratch: three tiles, and two
 //         numbers a tile
 // Bytes   of memory: reads x (backward: dy too), writes the output, each once
 #pragma once
@@ -37,15 +37,14 @@ inline void log_softmax_forward(const LogSoftmaxParams& p, int64_t row, float* s
     });
     double sum = 0.0;
     for (int64_t i = 0; i < tiles_of(p.columns); ++i) sum += static_cast<double>(sums[i]) * rescale(peaks[i], peak, k);
-    const double log_sum = std::log(sum);
-    const float lse = static_cast<float>(static_cast<double>(peak) / p.temperature + log_sum);
-    p.lse[row] = lse;
-    const float shift = shift_of(peak), rest = static_cast<float>(log_sum) + (peak - shift);
+    const float shift = shift_of(peak), log_sum = static_cast<float>(std::log(sum));
+    p.lse[2 * row] = shift;
+    p.lse[2 * row + 1] = log_sum;
     for_tiles(p.columns, [&](int64_t at, int n) {
         const float* x = load_tile(x_row, p.x.dtype, at, n, x_tile);
         float* out = out_tile(out_row, p.out.dtype, at, out_buffer);
 #pragma omp simd
-        for (int j = 0; j < n; ++j) out[j] = (x[j] - shift) * inv_t - rest;
+        for (int j = 0; j < n; ++j) out[j] = (x[j] - shift) * inv_t - log_sum;
         store_tile(out_row, p.out.dtype, at, n, out);
     });
 }
@@ -58,13 +57,13 @@ inline void log_softmax_backward(const LogSoftmaxParams& p, int64_t row, float* 
     const float inv_t = 1.0f / p.temperature, k = inv_t * kLog2E;
     double sum = 0.0;
     for_tiles(p.columns, [&](int64_t at, int n) { sum += sum_of(load_tile(dy_row, p.dy.dtype, at, n, dy_tile), n); });
-    const float grad_sum = static_cast<float>(sum), shift = p.lse[row] * p.temperature;
+    const float grad_sum = static_cast<float>(sum), shift = p.lse[2 * row], log2_sum = p.lse[2 * row + 1] * kLog2E;
     for_tiles(p.columns, [&](int64_t at, int n) {
         const float* x = load_tile(x_row, p.x.dtype, at, n, x_tile);
         const float* dy = load_tile(dy_row, p.dy.dtype, at, n, dy_tile);
         float* dx = out_tile(dx_row, p.out.dtype, at, dx_buffer);
 #pragma omp simd
-        for (int j = 0; j < n; ++j) dx[j] = (dy[j] - exp2((x[j] - shift) * k) * grad_sum) * inv_t;
+        for (int j = 0; j < n; ++j) dx[j] = (dy[j] - exp2((x[j] - shift) * k - log2_sum) * grad_sum) * inv_t;
         store_tile(dx_row, p.out.dtype, at, n, dx);
     });
 }

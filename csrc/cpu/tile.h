@@ -19,10 +19,10 @@ FASTKD_TILE_LOOP inline float max_of(const float* x, int n) {
     return peak;
 }
 
-FASTKD_TILE_LOOP inline float sum_of(const float* x, int n) {
+FASTKD_TILE_LOOP inline float sum_of(const float* x, int n, float shift = 0.0f) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < n; ++j) sum += x[j];
+    for (int j = 0; j < n; ++j) sum += x[j] - shift;
     return sum;
 }
 

@@ -1,7 +1,7 @@
 // The row operation on a GPU: a cluster of blocks works on one row.
 //
 // Math    see row.h; term and g come from the functor.
-// Shapes  z, u, dz [B, S, columns] fp32|bf16|fp16, last stride 1; labels [N] int64; scales, losses [N]; stats [N, 5].
+// Shapes  z, u, dz [B, S, columns] fp32|bf16|fp16, last stride 1; labels [N] int64; scales, losses [N]; stats [N, 7].
 // Bytes   an element, e bytes wide. Resident: each logit is read once into shared memory and stays there between the
 //         stages: loss 2e, loss and gradient 3e, the floor. Otherwise each stage reads the row again, from L2 where it
 //         still is: loss 4e, loss and gradient 5e, or 7e if G needs a stage of its own; gradient from statistics 3e.
@@ -33,7 +33,7 @@ struct RowState {
     float z_peak, u_peak;
     float others;  // Σ exp(z − z_peak), the label's column apart
     float s, t;    // Σ exp((z − z_peak)/T), Σ exp((u − u_peak)/T)
-    float sum_z;   // Σ z
+    float sum_z;   // Σ z − anchor
 };
 
 // Everything that is the same in all columns of a row.
@@ -42,7 +42,9 @@ struct RowNumbers {
     int power;                   // T where it is 1 or 2, and exp(z) comes as a power of exp(z/T); else 0
     int label;                   // −1: none
     bool hard, smooth;
-    float lse_h, lse_s, lse_t;   // log₂ normalisers
+    float anchor;                // z_y, for the mean of z: far from 0 a sum of z has no digits left
+    float z_shift, u_shift;      // the peaks
+    float lse_h, lse_s, lse_t;   // log₂ normalisers of z, z/T, u/T, relative to the peaks
     float shift;                 // of d, in natural units
     float power_scale;           // p_h = p_s^power · power_scale
     float grad_sum, rest;
@@ -86,7 +88,7 @@ FASTKD_D void accumulate(RowState& state, const Vec<T>& z, const Vec<T>& u, int 
             state.t += exp2((u[j] - u_shift) * row.k);
         }
         if (row.hard) state.others += first + j == row.label ? 0.0f : hard_exp(e, x, kSoft ? row.power : 0);
-        if (row.smooth) state.sum_z += first + j >= 0 && first + j < n ? z[j] : 0.0f;
+        if (row.smooth) state.sum_z += first + j >= 0 && first + j < n ? z[j] - row.anchor : 0.0f;
     }
 }
 
@@ -104,18 +106,22 @@ FASTKD_D void merge_lanes(RowState& state, const RowNumbers& row) {
 
 template <bool kSoft>
 FASTKD_D void normalise(RowNumbers& row, const RowState& state, float z_y, float smoothing, int n, float& hard) {
+    row.z_shift = shift_of(state.z_peak);
     if (kSoft) {
-        row.lse_s = shift_of(state.z_peak) * row.k + log2f(state.s);
-        row.lse_t = shift_of(state.u_peak) * row.k + log2f(state.t);
+        row.u_shift = shift_of(state.u_peak);
+        row.lse_s = log2f(state.s);
+        row.lse_t = log2f(state.t);
     }
     if (row.hard) {
-        const float log_others = shift_of(state.z_peak) + log2f(state.others) * kLn2;
-        const float t = log_others - z_y;
+        const float log_others = log2f(state.others) * kLn2;
+        const float t = (row.z_shift - z_y) + log_others;
         const LabelTerm term = label_term(t);
         row.rest = term.rest;
-        // z_y + softplus(t), without inf − inf where the label is a masked token.
-        row.lse_h = (t > 0.0f ? log_others + (term.loss - t > 0.0f ? term.loss - t : 0.0f) : z_y + term.loss) * kLog2E;
-        hard = term.loss + (row.smooth ? smoothing * (z_y - state.sum_z / static_cast<float>(n)) : 0.0f);
+        // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
+        const float log_sum =
+            t > 0.0f ? log_others + (term.loss - t > 0.0f ? term.loss - t : 0.0f) : (z_y - row.z_shift) + term.loss;
+        row.lse_h = log_sum * kLog2E;
+        hard = term.loss - (row.smooth ? smoothing * (state.sum_z / static_cast<float>(n)) : 0.0f);
     }
 }
 
@@ -156,14 +162,17 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
     const bool valid = label >= 0 && label < p.n;
     row.label = valid ? static_cast<int>(label) : -1;
     const float z_y = valid ? to_float(z_row[label]) : kNaN;  // before anyone writes over it
+    row.anchor = shift_of(z_y);
     float* stats = p.stats + index * kNumStats;
 
     float hard = 0.0f;
     if (p.from_stats) {
-        row.lse_h = stats[kLseHard] * kLog2E;
+        row.z_shift = stats[kPeakStudent];
+        row.u_shift = stats[kPeakTeacher];
+        row.lse_h = stats[kLogHard] * kLog2E;
+        row.lse_s = stats[kLogStudent] * kLog2E;
+        row.lse_t = stats[kLogTeacher] * kLog2E;
         row.rest = stats[kLabelRest];
-        row.lse_s = stats[kLseStudent] * kLog2E;
-        row.lse_t = stats[kLseTeacher] * kLog2E;
         row.grad_sum = stats[kGradSum];
         cluster_wait();
     } else {
@@ -195,7 +204,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
         normalise<kSoft>(row, state, z_y, p.smoothing, n, hard);
         row.grad_sum = -functor.numbers.c_t;
     }
-    row.shift = (row.lse_t - row.lse_s) * kLn2;
+    row.shift = (row.u_shift - row.z_shift) * row.inv_t + (row.lse_t - row.lse_s) * kLn2;
     row.power_scale = exp2(static_cast<float>(row.power) * row.lse_s - row.lse_h);
 
     // Stage 2, where the gradient must wait for G or there is none.
@@ -203,9 +212,9 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
     const bool walk = kSoft && !p.from_stats && (kSummed || !dz_row);
     float soft = 0.0f;
     const auto evaluate = [&](float z, float u, float& p_s) {
-        const float b = z * row.k - row.lse_s;
+        const float b = (z - row.z_shift) * row.k - row.lse_s;
         p_s = exp2(b);
-        return functor(b * kLn2, log_ratio(z, u, row.inv_t, row.shift), exp2(u * row.k - row.lse_t), p_s);
+        return functor(b * kLn2, log_ratio(z, u, row.inv_t, row.shift), exp2((u - row.u_shift) * row.k - row.lse_t), p_s);
     };
     if (walk) {
         float sum_g = 0.0f;
@@ -242,7 +251,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
                 }
                 if (row.hard) {
                     const float tempered = row.power == 1 ? p_s : p_s * p_s;
-                    const float p_h = kSoft && row.power ? tempered * row.power_scale : exp2(z[j] * kLog2E - row.lse_h);
+                    const float p_h = kSoft && row.power ? tempered * row.power_scale : exp2((z[j] - row.z_shift) * kLog2E - row.lse_h);
                     dz += hard_scale * (first + j == row.label ? label_grad : p_h - smooth);
                 }
                 out[j] = dz;
@@ -262,9 +271,11 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
     if (first_thread) {
         p.hard[index] = hard;
         p.soft[index] = soft;
-        stats[kLseHard] = row.lse_h * kLn2;
-        stats[kLseStudent] = row.lse_s * kLn2;
-        stats[kLseTeacher] = row.lse_t * kLn2;
+        stats[kPeakStudent] = row.z_shift;
+        stats[kPeakTeacher] = row.u_shift;
+        stats[kLogHard] = row.lse_h * kLn2;
+        stats[kLogStudent] = row.lse_s * kLn2;
+        stats[kLogTeacher] = row.lse_t * kLn2;
         stats[kGradSum] = row.grad_sum;
         stats[kLabelRest] = row.rest;
     }

@@ -1,8 +1,8 @@
 // Temperature-scaled log-softmax and its gradient on a GPU: a cluster of blocks works on one row.
 //
-// Math    out = x/T − lse(x/T);  dx = (dy − exp(x/T − lse)·Σ dy)/T
+// Math    out = (x − peak)/T − log Σ exp((x − peak)/T);  dx = (dy − exp(out)·Σ dy)/T
 // Shapes  x, out, dy, dx [B, S, columns] fp32|bf16|fp16, last stride 1; x and dx of one dtype, out and dy of another or
-//         the same; lse [N] fp32
+//         the same; lse [N, 2] fp32
 // Bytes   e bytes an element of one dtype. Resident, x and dy are read once: 2e forward, 3e backward, the floor.
 //         Otherwise what is summed is read again: 3e and 4e.
 // Grid    as in kd_rows.cuh
@@ -48,16 +48,19 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_kernel(const LogSoftmaxParams p) {
     peak = slots.max(0);
     const float shift = shift_of(peak);
     sum = slots.sum_of([&](int slot) { return slots.values[1][slot] * exp2((slots.values[0][slot] - shift) * k); });
-    const float lse = shift * inv_t + log2f(sum) * kLn2;
+    const float log_sum = log2f(sum) * kLn2;
 
     Out* out_row = reinterpret_cast<Out*>(p.out.row(index, p.inner_rows));
     reader.template for_each<true>([&](int first, const Vec<T>& x, const Vec<T>&) {
         float out[Vec<T>::kColumns];
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) out[j] = x[j] * inv_t - lse;
+        for (int j = 0; j < Vec<T>::kColumns; ++j) out[j] = (x[j] - shift) * inv_t - log_sum;
         store(out_row, first, n, out);
     });
-    if (cluster_rank() == 0 && thread_rank() == 0) p.lse[index] = lse;
+    if (cluster_rank() == 0 && thread_rank() == 0) {
+        p.lse[2 * index] = shift;
+        p.lse[2 * index + 1] = log_sum;
+    }
 }
 
 template <class T, class Out, bool kResident>
@@ -71,7 +74,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_backward_kernel(const LogSoftmaxPar
     const RowReader<Out, false, kResident> reader(dy_row, nullptr, n, dynamic_shared());
     reader.start();
     const float inv_t = 1.0f / p.temperature, k = inv_t * kLog2E;
-    const float lse = p.lse[index] * kLog2E;
+    const float shift = p.lse[2 * index], log2_sum = p.lse[2 * index + 1] * kLog2E;
 
     copy_async_wait();
     float sum = 0.0f;
@@ -90,7 +93,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_backward_kernel(const LogSoftmaxPar
         float x[Vec<Out>::kColumns];
         load_floats(x_row, first, n, x);
 #pragma unroll
-        for (int j = 0; j < Vec<Out>::kColumns; ++j) x[j] = (dy[j] - exp2(x[j] * k - lse) * sum) * inv_t;
+        for (int j = 0; j < Vec<Out>::kColumns; ++j) x[j] = (dy[j] - exp2((x[j] - shift) * k - log2_sum) * sum) * inv_t;
         store(dx_row, first, n, x);
     });
 }

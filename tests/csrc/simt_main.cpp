@@ -6,7 +6,7 @@
 
 int main() {
     constexpr int64_t kRows = 2, kColumns = 203;  // rows start off 16-byte boundaries
-    std::vector<float> z(kRows * kColumns), u(z.size()), dz(z.size()), hard(kRows), soft(kRows), stats(kRows * kNumStats);
+    std::vector<float> z(kRows * kColumns), u(z.size()), dz(z.size()), hard(kRows), soft(kRows), lse(2 * kRows), stats(kRows * kNumStats);
     for (size_t i = 0; i < z.size(); ++i) {
         z[i] = static_cast<float>(i * 37 % 101) / 10.0f;
         u[i] = static_cast<float>(i * 53 % 97) / 10.0f;
@@ -22,7 +22,7 @@ int main() {
     p.hard = hard.data(), p.soft = soft.data(), p.stats = stats.data();
     p.rows = p.inner_rows = kRows, p.n = kColumns - 2, p.columns = kColumns, p.temperature = 2.0f;
     LogSoftmaxParams l;
-    l.x = matrix(z), l.out = matrix(dz), l.lse = hard.data(), l.rows = l.inner_rows = kRows, l.columns = kColumns;
+    l.x = matrix(z), l.out = matrix(dz), l.lse = lse.data(), l.rows = l.inner_rows = kRows, l.columns = kColumns;
     for (const bool resident : {true, false}) {
         for (const int cluster : {1, 2, 4}) {
             for (const float w : {0.0f, 0.5f}) {

@@ -87,7 +87,7 @@ def test_calls_from_many_threads() -> None:
 def test_forked_child() -> None:
     """A child has none of its parent's threads, and must not wait for them."""
     rows = torch.randn(64, 1, 8000)
-    out, lse = torch.zeros_like(rows), torch.empty(64)
+    out, lse = torch.zeros_like(rows), torch.empty(64, 2)
     matrix = _arguments.matrix
 
     def log_softmax(result: Tensor) -> None:

@@ -132,7 +132,7 @@ def test_in_place_is_the_same_to_the_bit(simt: Simt) -> None:
 def test_log_softmax(simt: Simt, dtype: torch.dtype, other: torch.dtype, grid: Grid) -> None:
     x = make_rows(501, dtype, offset=1).student
     dy = torch.randn(1, 2, 501).to(other)
-    out, dx, lse = torch.empty_like(x, dtype=other), torch.empty_like(x), torch.empty(2)
+    out, dx, lse = torch.empty_like(x, dtype=other), torch.empty_like(x), torch.empty(2, 2)
     simt.log_softmax(x, out, None, lse, 2.0, grid)
     simt.log_softmax(x, dx, dy, lse, 2.0, grid)
     exact = x.double().requires_grad_()

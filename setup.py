@@ -103,6 +103,7 @@ setup(
         Extension(
             "fastkd._cpu",
             sources=["csrc/binding.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp"],
+            depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*"), "setup.py"],
             define_macros=[("FASTKD_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

@@ -222,6 +222,8 @@ class Row {
             // The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
             const double needed = 0.05 + 0.02 * std::fabs(mean);
             digits = Functor::kMoment == Moment::kTeacherLog || !(value < needed);
+            // A G of thousands must be rounded as the g are from which it is subtracted.
+            if (Functor::kGradSum == GradSum::kFromValue && std::fabs(mean) > 64.0) digits = false;
             value *= functor_.weight();
         }
         if constexpr (Functor::kGradSum == GradSum::kConstant) base_.grad_sum = -functor_.weight();
@@ -259,7 +261,7 @@ class Row {
             value += sums.term;
             grad_sum += sums.g;
         }
-        if (kSummed) base_.grad_sum = static_cast<float>(grad_sum);
+        if (Functor::kGradSum != GradSum::kConstant) base_.grad_sum = static_cast<float>(grad_sum);
         return value;
     }
 

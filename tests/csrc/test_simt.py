@@ -96,6 +96,28 @@ def test_terms_temperatures_smoothing_and_padding(simt: Simt, temperature: float
 
 
 @pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_far_from_0(simt: Simt, member: Divergence, temperature: float, grid: Grid) -> None:
+    rows = make_rows(500, torch.float32)
+    rows.student.add_(1e4)
+    rows.teacher.add_(1e4)
+    check(simt, rows, spec_of(member, temperature, 500, smoothing=0.1), grid)
+
+
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.name != "cross_entropy"], ids=lambda member: member.name)
+def test_near_convergence(simt: Simt, member: Divergence) -> None:
+    rows = make_rows(1500, torch.float32, hard=False)
+    rows.teacher.copy_(rows.student + 1e-3 * torch.randn_like(rows.student))
+    exact = Rows(*(None if t is None else t.double() for t in rows))
+    spec, expected, outputs = spec_of(member, 1.0, 1500), torch.empty(2).double(), outputs_for(rows, grad=True)
+    reference.kd_rows(exact, spec, torch.empty(2).double(), expected, torch.empty(0), None)
+    simt.kd_rows(rows, spec, outputs, Grid(2, True))
+    assert (outputs["soft"] >= 0).all()
+    torch.testing.assert_close(outputs["soft"].double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
 def test_a_row_that_does_not_count_is_not_read(simt: Simt, grid: Grid) -> None:
     rows = make_rows(500, torch.float32)
     rows.student[0, 0], rows.teacher[0, 0] = math.nan, math.nan

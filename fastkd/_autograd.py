@@ -54,6 +54,7 @@ class _ScalarLoss(torch.autograd.Function):
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
         spec: RowSpec,
+        weighted: tuple[bool, bool],
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
@@ -71,7 +72,7 @@ class _ScalarLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(hard)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        loss = _weighted(hard, soft, hard_scale, soft_scale).sum()
+        loss = _weighted(hard, soft, hard_scale, soft_scale, weighted).sum()
         return (loss, hard, soft, student) if inplace else (loss, hard, soft)
 
     @staticmethod
@@ -81,15 +82,17 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_student is not None:
             raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         grad, soft = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
         else:
             if _keeps_graph():  # a second backward will want it unscaled
                 grad = grad.clone()
-            _op.scale_(grad, grad_loss, ctx.backend)
-        return _final(grad, soft), *(None,) * 7
+            # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
+            if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
+                _op.scale_(grad, grad_loss, ctx.backend)
+        return _final(grad, soft), *(None,) * 8
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -104,6 +107,7 @@ class _LossPerRow(torch.autograd.Function):
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
         spec: RowSpec,
+        weighted: tuple[bool, bool],
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
@@ -112,12 +116,12 @@ class _LossPerRow(torch.autograd.Function):
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
-        return _weighted(hard, soft, hard_scale, soft_scale), hard, soft
+        return _weighted(hard, soft, hard_scale, soft_scale, weighted), hard, soft
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         student, teacher, labels, hard_scale, soft_scale, stats = ctx.saved_tensors
         hard_scale, soft_scale = (s if s is None else s * grad_loss for s in (hard_scale, soft_scale))
         rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, ctx.backend)
@@ -126,7 +130,7 @@ class _LossPerRow(torch.autograd.Function):
             _op.kd_grad_(grad, *rows[1:])
         else:
             grad = _op.kd_grad(*rows)
-        return _final(grad, student), *(None,) * 7
+        return _final(grad, student), *(None,) * 8
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -153,15 +157,19 @@ def kd_rows(
     soft_scale: Tensor | None,
     spec: RowSpec,
     *,
+    weighted: tuple[bool, bool],
     per_row: bool,
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum."""
+    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum.
+
+    ``weighted`` says of hard and soft whether they are in the loss, or there for their parts alone.
+    """
     function = _LossPerRow if per_row else _ScalarLoss
     if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
         student = student.detach()
-    out = function.apply(student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend)  # type: ignore[no-untyped-call]
+    out = function.apply(student, teacher, labels, hard_scale, soft_scale, spec, weighted, inplace, backend)  # type: ignore[no-untyped-call]
     loss, hard, soft = out[:3]
     return loss, hard, soft.detach()
 
@@ -171,8 +179,10 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
     return log_probs
 
 
-def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:
-    # A scale of 0 takes an infinite loss away, too: a term of weight 0 is there for its part alone.
-    pairs = ((loss, scale) for loss, scale in ((hard, hard_scale), (soft, soft_scale)) if scale is not None)
-    terms = [(loss * scale).masked_fill(scale == 0, 0.0) for loss, scale in pairs]
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+def _weighted(
+    hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None, weighted: tuple[bool, bool]
+) -> Tensor:
+    # A term that is not in the loss may be infinite, which a scale of 0 would make NaN.
+    pairs = zip((hard, soft), (hard_scale, soft_scale), weighted, strict=True)
+    terms = [loss * scale for loss, scale, counts in pairs if counts and scale is not None]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(hard)

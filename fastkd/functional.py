@@ -121,6 +121,7 @@ def kd_loss(
         scale * (hard_weight or 0.0) if has_hard else None,
         scale * (soft_weight * t2) if has_soft else None,
         spec,
+        weighted=(bool(hard_weight), soft_weight != 0),
         per_row=reduction == "none",
         inplace=inplace_backward,
         backend=_dispatch.requested(backend),
@@ -184,7 +185,7 @@ def _row_scale(
     if reduction != "mean":
         return scale
     if num_items is None:
-        num_items = max(scale.numel(), 1) if counts is None else counts.sum().clamp_min(1)
+        num_items = max(scale.numel(), 1) if counts is None else counts.sum().clamp_min_(1)
     elif isinstance(num_items, Tensor):
         num_items = num_items.to(dtype).clamp_min(torch.finfo(dtype).tiny)  # 0 items: 0, not 0/0, for every row
     return scale / num_items

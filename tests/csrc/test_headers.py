@@ -163,7 +163,16 @@ def test_numbers_agree() -> None:
         str(dtype).removeprefix("torch."): number for dtype, number in _arguments.DTYPES.items()
     }
     stats = [name.upper() for name in re.findall(r"k(\w+)", source("params.h", "enum Stats"))]
-    names = ["PEAK_STUDENT", "PEAK_TEACHER", "LOG_HARD", "LOG_STUDENT", "LOG_TEACHER", "GRAD_SUM", "LABEL_REST", "NUM_STATS"]
+    names = [
+        "PEAK_STUDENT",
+        "PEAK_TEACHER",
+        "LOG_HARD",
+        "LOG_STUDENT",
+        "LOG_TEACHER",
+        "GRAD_SUM",
+        "LABEL_REST",
+        "NUM_STATS",
+    ]
     assert stats == [name.replace("_", "") for name in names]
     assert [getattr(_request, name) for name in names] == list(range(8))
 

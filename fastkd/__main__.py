@@ -1,4 +1,4 @@
-"""``python -m fastkd info`` and ``python -m fastkd demo``."""
+"""``python -m fastkd info``, ``python -m fastkd bench`` and ``python -m fastkd demo``."""
 
 from __future__ import annotations
 
@@ -46,8 +46,21 @@ def main(arguments: list[str] | None = None) -> int:
     from fastkd import demo as demo_package
 
     demo_package.add_arguments(demo)
+    bench = commands.add_parser("bench", help="time the loss beside eager PyTorch, torch.compile and other libraries")
+    missing = [name for name in ("matplotlib", "rich") if util.find_spec(name) is None]
+    if not missing:
+        from fastkd.bench import command
+
+        command.add_arguments(bench)
     options = parser.parse_args(arguments)
-    return info() if options.command == "info" else demo_package.run(options)
+    if options.command == "info":
+        return info()
+    if options.command == "demo":
+        return demo_package.run(options)
+    if missing:
+        print(f'python -m fastkd bench: needs {" and ".join(missing)}: pip install "fastkd[bench]"', file=sys.stderr)
+        return 2
+    return int(command.main(options))
 
 
 if __name__ == "__main__":

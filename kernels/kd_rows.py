@@ -16,6 +16,9 @@ Grid    one program a row, BLOCK columns a step. A row whose scales are 0 is not
 
 import triton
 import triton.language as tl
+
+from fastkd import _request
+from fastkd._request import Rows, RowSpec
 from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
 from fastkd.kernels.divergence import FUNCTORS, GRAD_SUM_CONSTANT, GRAD_SUM_ONLINE, GRAD_SUM_WALK, grad_sum_rule
 from fastkd.kernels.lse import (
@@ -29,9 +32,6 @@ from fastkd.kernels.lse import (
     tile_at,
     tile_range,
 )
-
-from fastkd import _request
-from fastkd._request import Rows, RowSpec
 
 _CONSTANT = tl.constexpr(GRAD_SUM_CONSTANT)
 _ONLINE = tl.constexpr(GRAD_SUM_ONLINE)

@@ -9,6 +9,7 @@ Grid    one program a row, BLOCK columns a step, the second walk backwards
 
 import triton
 import triton.language as tl
+
 from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
 from fastkd.kernels.lse import (
     LN_2,

@@ -9,6 +9,7 @@ Grid    one program a row, BLOCK columns a step
 
 import triton
 import triton.language as tl
+
 from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
 from fastkd.kernels.lse import align, load_tile, row_start, store_tile, tile_at, tile_range
 

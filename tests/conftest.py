@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for `import tests.…`
+sys.path.append(str(ROOT))  # for `import tests.…`
 pytest.register_assert_rewrite("tests.assertions")
 
 from fastkd import _dispatch  # noqa: E402

@@ -18,16 +18,16 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from fastkd.kernels.config import launch_options
-from fastkd.kernels.divergence import FUNCTORS, GRAD_SUM_WALK, grad_sum_rule
-from fastkd.kernels.kd_rows import kd_rows_kernel
-from fastkd.kernels.log_softmax import log_softmax_backward_kernel, log_softmax_kernel
-from fastkd.kernels.scale import scale_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastkd._request import Mix, RowSpec
 from fastkd.divergences import JSD, NAMED, Divergence
+from fastkd.kernels.config import launch_options
+from fastkd.kernels.divergence import FUNCTORS, GRAD_SUM_WALK, grad_sum_rule
+from fastkd.kernels.kd_rows import kd_rows_kernel
+from fastkd.kernels.log_softmax import log_softmax_backward_kernel, log_softmax_kernel
+from fastkd.kernels.scale import scale_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

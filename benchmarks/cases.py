@@ -1,0 +1,105 @@
+"""The cases: what is computed, on which shape and dtype; their inputs, and the bytes that they must move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
+
+
+class Inputs(NamedTuple):
+    student: Tensor  # [rows, vocab], requires a gradient
+    teacher: Tensor  # [rows, vocab]
+    labels: Tensor  # [rows]
+    grad_output: Tensor  # of the loss: 0-d; of log-probabilities: [rows, vocab]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    rows: int
+    vocab: int
+    dtype: str = "bfloat16"
+    kind: str = "loss + backward"  # or "loss", with no gradient asked for; or "log_softmax", with its backward
+    divergence: str = "forward_kl"  # or "reverse_kl", "jsd" (beta = 0.5)
+    terms: str = "both"  # or "hard", "soft"
+    grad_output: float = 1.0
+    inplace: bool = False
+
+    @property
+    def name(self) -> str:
+        """``loss + backward, 1024 x 32000, float32``, and what is not the default."""
+        changes = {
+            self.divergence: self.divergence != "forward_kl",
+            f"{self.terms} only": self.terms != "both",
+            f"grad_output {self.grad_output}": self.grad_output != 1.0,
+            "in place": self.inplace,
+        }
+        changed = [change for change, is_one in changes.items() if is_one]
+        return ", ".join([self.kind, f"{self.rows} x {self.vocab}", self.dtype, *changed])
+
+    @property
+    def bytes(self) -> int:
+        """Read each input once, write each output once."""
+        tensors = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3}[self.kind] - (self.terms == "hard")
+        return tensors * self.rows * self.vocab * DTYPES[self.dtype].itemsize
+
+    def inputs(self, device: str) -> Inputs:
+        generator = torch.Generator(device).manual_seed(0)
+        options: dict[str, Any] = {"generator": generator, "device": device}
+        student, teacher = (
+            torch.randn(self.rows, self.vocab, dtype=DTYPES[self.dtype], **options).mul_(3.0) for _ in range(2)
+        )
+        labels = torch.randint(self.vocab, (self.rows,), **options)
+        if self.kind == "log_softmax":
+            grad_output = torch.randn(self.rows, self.vocab, dtype=DTYPES[self.dtype], **options)
+        else:
+            grad_output = torch.tensor(self.grad_output, device=device)
+        return Inputs(student.requires_grad_(self.kind != "loss"), teacher, labels, grad_output)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.bytes, **asdict(self)}
+
+
+def quick(device: str) -> Iterator[Case]:
+    """The default set: three minutes on two CPU cores, or five on a GPU."""
+    if device == "cpu":
+        for (rows, vocab), dtype in product(((1024, 32000), (256, 128256)), ("float32", "bfloat16")):
+            yield Case(rows, vocab, dtype)
+        yield Case(4, 1000, "float32")
+        return
+    for vocab in VOCABULARIES:
+        yield Case(4096, vocab)
+    yield Case(4096, 128256, "float32")
+    for kind in ("loss", "log_softmax"):
+        yield Case(4096, 128256, kind=kind)
+    for rows in (1, 64):
+        yield Case(rows, 128256)
+    yield Case(4, 1000, "float32")
+
+
+def full(device: str) -> Iterator[Case]:
+    """Every dimension varied about the quick set."""
+    yield from quick(device)
+    rows = 64 if device == "cpu" else 4096
+    for kind, vocab, dtype in product(("loss + backward", "loss", "log_softmax"), VOCABULARIES, DTYPES):
+        yield Case(rows, vocab, dtype, kind)
+    for divergence, terms in (("reverse_kl", "both"), ("jsd", "both"), ("forward_kl", "hard"), ("forward_kl", "soft")):
+        yield Case(rows, 128256, divergence=divergence, terms=terms)
+    yield Case(rows, 128256, grad_output=0.5)
+    yield Case(rows, 128256, inplace=True)
+    for count in (1, 4, 16, 64, 256, 1024) if device == "cpu" else (1, 8, 64, 512, 16384):
+        yield Case(count, 128256)
+
+
+def select(device: str, everything: bool) -> list[Case]:
+    return list(dict.fromkeys((full if everything else quick)(device)))

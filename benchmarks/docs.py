@@ -1,0 +1,69 @@
+"""Write the recorded figures into the documentation: ``python -m fastkd.bench.docs``.
+
+Between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`` stands what :func:`blocks` gives for NAME, out of the
+JSON files in ``benchmarks/results/``. Nothing there is typed by hand, and a test compares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fastkd.bench import summary
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
+OTHERS = ("eager", "torch.compile", "Liger")
+MISSING = "Not measured yet.\n"
+
+
+def blocks() -> dict[str, str]:
+    """The text of each block: the short table and the full ones, by kind of device."""
+    texts = {}
+    for kind in ("cpu", "cuda"):
+        runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+        texts[f"{kind}_short"] = "".join(map(short, runs)) or MISSING
+        texts[f"{kind}_full"] = "".join(map(full, runs)) or MISSING
+    return texts
+
+
+def short(results: dict[str, Any]) -> str:
+    """A line for each case and backend: its time, and its speed against the others'."""
+    lines = [["case", "backend", "time", *(f"speed of {other}" for other in OTHERS), "share of the copy's speed"]]
+    for case in results["cases"]:
+        found = summary.figures(case)
+        ours = [(name, f) for name, f in found.items() if name.startswith("fastkd ") and f.seconds]
+        for name, f in sorted(ours, key=lambda item: item[1].seconds):
+            others = [found[other].seconds if other in found else None for other in OTHERS]
+            ratios = [f"{seconds / f.seconds:.2f} x" if seconds else "" for seconds in others]
+            time, share = summary.duration(f.seconds), f"{f.of_copy:.0%}"
+            lines.append([case["name"], f"`{name.split()[1]}`", time, *ratios, share])
+    return f"{summary.machine_line(results['machine'])}\n\n{table(lines)}\n"
+
+
+def full(results: dict[str, Any]) -> str:
+    parts = [f"### {results['machine']['device']}\n\n{summary.machine_line(results['machine'])}\n"]
+    for case in results["cases"]:
+        lines, absent = summary.table(case)
+        parts.append(f"\n**{case['name']}**\n\n{table(lines)}" + (f"\nNot run: {absent}.\n" if absent else ""))
+    return "".join(parts)
+
+
+def table(lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]]) + "\n"
+
+
+def render(text: str) -> str:
+    """A page with its blocks as the results have them."""
+    found = blocks()
+    return BLOCK.sub(lambda match: f"{match[1]}{found[match[2]]}{match[4]}", text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(render(page.read_text()))

@@ -1,0 +1,29 @@
+"""What a contender is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkd.bench.cases import Case, Inputs
+
+# From the inputs, the loss (or the log-probabilities), to which the runner applies backward.
+Loss = Callable[[Inputs], Tensor]
+
+
+class Provider(NamedTuple):
+    name: str
+    unavailable: Callable[[str], str | None]  # why it cannot run on a device, or None
+    loss: Callable[[Case], Loss | None]  # None: it does not compute such a case
+
+
+def needs_gpu_and(package: str) -> Callable[[str], str | None]:
+    def unavailable(device: str) -> str | None:
+        if find_spec(package) is None:
+            return "not installed"
+        return None if device == "cuda" else "needs a GPU"
+
+    return unavailable

@@ -1,0 +1,56 @@
+"""The loss as people write it in PyTorch, in float32 whatever the logits are; and the same compiled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.bench.cases import HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.provider import Loss, Provider
+
+
+def divergence(name: str, log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Mean over the rows, of log-probabilities."""
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    if name == "forward_kl":
+        return kl(log_t, log_s)
+    if name == "reverse_kl":
+        return kl(log_s, log_t)
+    log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0, dtype=log_s.dtype))
+    return 0.5 * (kl(log_t, log_m) + kl(log_s, log_m))
+
+
+def formula(case: Case, inputs: Inputs) -> Tensor:
+    """At least in float32; in float64 it is the reference that all contenders are checked against."""
+    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (inputs.student, inputs.teacher))
+    if case.kind == "log_softmax":
+        return F.log_softmax(student / TEMPERATURE, -1).to(inputs.grad_output.dtype)
+    loss = student.new_zeros(())
+    if case.terms != "soft":
+        loss = loss + HARD_WEIGHT * F.cross_entropy(student, inputs.labels)
+    if case.terms != "hard":
+        log_s, log_t = (F.log_softmax(x / TEMPERATURE, -1) for x in (student, teacher))
+        loss = loss + SOFT_WEIGHT * TEMPERATURE**2 * divergence(case.divergence, log_s, log_t)
+    return loss
+
+
+def eager(case: Case) -> Loss | None:
+    return None if case.inplace else lambda inputs: formula(case, inputs)
+
+
+def compiled(case: Case) -> Loss | None:
+    if case.inplace:
+        return None
+    torch.compiler.reset()  # each case its own graph, for its own shape
+    function = torch.compile(lambda inputs: formula(case, inputs), dynamic=False)
+    return lambda inputs: function(inputs)
+
+
+PROVIDERS = (
+    Provider("eager", lambda device: None, eager),
+    Provider("torch.compile", lambda device: None, compiled),
+)

@@ -1,0 +1,57 @@
+"""fastkd, on each of its backends."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import _dispatch
+from fastkd.bench.cases import HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.provider import Loss, Provider
+
+
+def unavailable(backend: str, device: str) -> str | None:
+    return _dispatch.refusal(torch.empty(1, 1, device=device), backend)
+
+
+def loss(backend: str, case: Case) -> Loss:
+    if case.kind == "log_softmax":
+        return lambda inputs: fastkd.log_softmax(inputs.student, temperature=TEMPERATURE, backend=backend)
+
+    def run(inputs: Inputs) -> Tensor:
+        student = Output.apply(inputs.student) if case.inplace else inputs.student
+        value = fastkd.kd_loss(
+            student,
+            inputs.teacher,
+            inputs.labels,
+            temperature=TEMPERATURE,
+            hard_weight=HARD_WEIGHT if case.terms != "soft" else 0.0,
+            soft_weight=SOFT_WEIGHT if case.terms != "hard" else 0.0,
+            divergence=fastkd.JSD(0.5) if case.divergence == "jsd" else case.divergence,
+            inplace_backward=case.inplace,
+            backend=backend,
+        )
+        assert isinstance(value, Tensor)
+        return value
+
+    return run
+
+
+class Output(torch.autograd.Function):
+    """A leaf may not be overwritten: its values as the output of a model, without a copy."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+PROVIDERS = tuple(
+    Provider(f"fastkd {name}", partial(unavailable, name), partial(loss, name)) for name in _dispatch.NAMES
+)

@@ -1,0 +1,43 @@
+"""Small cases of every kernel, for a checker: ``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py cuda``.
+
+The tools are memcheck, racecheck, initcheck and synccheck. PyTorch's caching allocator hides overruns between its
+blocks, so run with PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+
+import torch
+
+import fastkd
+
+# One tile and several, aligned and not; the last needs clusters of more than one block.
+COLUMNS = (7, 1000, 4099, 70001)
+DIVERGENCES = ("forward_kl", "reverse_kl", "cross_entropy", "tvd", fastkd.JSD(0.5), fastkd.SkewKL(0.1))
+
+
+def main(backend: str) -> None:
+    for columns, dtype in product(COLUMNS, (torch.bfloat16, torch.float16, torch.float32)):
+        student, teacher = (torch.randn(3, columns, device="cuda").to(dtype) for _ in range(2))
+        labels = torch.tensor([0, columns - 1, -100], device="cuda")
+        small = columns < 5000  # the checkers slow kernels down a hundredfold
+        for divergence in DIVERGENCES if small else DIVERGENCES[:1]:
+            for reduction in ("mean", "none"):
+                for inplace in (False, True):
+                    leaf = student.clone().requires_grad_()
+                    loss = fastkd.kd_loss(
+                        leaf * 1, teacher, labels, temperature=2.0, hard_weight=0.5, divergence=divergence,
+                        label_smoothing=0.1, vocab_size=columns - 1, reduction=reduction, inplace_backward=inplace,
+                        backend=backend,
+                    )  # fmt: skip
+                    (0.5 * loss).sum().backward()
+        leaf = student.clone().requires_grad_()
+        fastkd.log_softmax(leaf, temperature=2.0, backend=backend).square().sum().backward()
+    torch.cuda.synchronize()
+    print(f"{backend}: ran")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint demo clean
+.PHONY: install test lint demo bench bench-record clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,14 @@ lint: install
 
 demo: install
 	$(BIN)/python -m fastkd demo
+
+bench: install
+	$(BIN)/python -m fastkd bench
+
+# Record this machine's figures, and write them into the documentation.
+bench-record: install
+	$(BIN)/python -m fastkd bench --device cpu --out benchmarks/results/cpu-$(shell uname -m).json
+	$(BIN)/python -m fastkd.bench.docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -88,7 +88,7 @@ def _peak(name: str, task: Task, device: torch.device) -> int | None:
 def _table(task: Task, comparison: Comparison, peaks: dict[str, int | None]) -> Table:
     table = Table(box=box.SIMPLE)
     table.add_column("", no_wrap=True)
-    headings = [f"Held-out loss\nnats/{task.row}", "Whole step\nms", "Loss alone\nms"]
+    headings = [f"Held-out\nnats/{task.row}", "Whole step\nms", "Loss alone\nms"]
     if any(peaks.values()):
         headings.append("Its memory\nMiB")
     for heading in headings:

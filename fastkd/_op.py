@@ -42,13 +42,12 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 def _losses(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(hard, soft, stats) for these logits, uninitialised."""
     rows = student.shape[:-1]
-    dtype, device = _compute_dtype(student), student.device
-    hard, soft = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
-    return hard, soft, torch.empty((*rows, NUM_STATS), dtype=dtype, device=device)
+    hard = student.new_empty(rows, dtype=_compute_dtype(student))
+    return hard, torch.empty_like(hard), hard.new_empty((*rows, NUM_STATS))
 
 
 def _gradient(student: Tensor, want_grad: bool = True) -> Tensor:
-    return torch.empty(student.shape if want_grad else (0,), dtype=student.dtype, device=student.device)
+    return torch.empty_like(student, memory_format=torch.contiguous_format) if want_grad else student.new_empty(0)
 
 
 def _fake_kd_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -129,7 +129,7 @@ def kd_loss(
     if not return_parts:
         return loss
     rows = scale.count_nonzero().clamp_min(1)
-    return KDLossParts(loss, hard.sum() / rows, soft.sum() / rows)
+    return KDLossParts(loss, hard.sum() / rows, soft.detach().sum() / rows)
 
 
 def log_softmax(
@@ -185,7 +185,7 @@ def _row_scale(
     if reduction != "mean":
         return scale
     if num_items is None:
-        num_items = max(scale.numel(), 1) if counts is None else counts.sum().clamp_min_(1)
+        num_items = max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1)
     elif isinstance(num_items, Tensor):
         num_items = num_items.to(dtype).clamp_min(torch.finfo(dtype).tiny)  # 0 items: 0, not 0/0, for every row
     return scale / num_items

@@ -23,7 +23,10 @@ REQUIRED = {name for name in os.environ.get("FASTKD_REQUIRE", "").split(",") if 
 
 # -fopenmp-simd is the pragma alone, no library. The two -fno- drop C's floating-point flags and errno, which would
 # keep loops scalar; infinities and NaN stay exact.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = [
+    "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd",
+    "-funroll-loops",
+]  # fmt: skip
 ISA_FLAGS = {"generic": []}
 X86 = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in os.environ.get("ARCHFLAGS", "")
 if X86:

@@ -18,6 +18,7 @@ class Provider(NamedTuple):
     name: str
     unavailable: Callable[[str], str | None]  # why it cannot run on a device, or None
     loss: Callable[[Case], Loss | None]  # None: it does not compute such a case
+    overwrites: bool = False  # the student's logits, even where the case is not in place
 
 
 def needs_gpu_and(package: str) -> Callable[[str], str | None]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def run_case(case: Case, device: str, seconds: float, step: Step) -> dict[str, A
             contenders[provider.name], call = found
             if call is not None:
                 calls[provider.name] = call
+    check.reference.cache_clear()  # its memory is for the contenders now
     step(f"{case.name}: timing")
     for name, samples in timing.interleaved(calls, device, seconds).items():
         contenders[name] |= {"seconds": samples}
@@ -58,11 +60,12 @@ def prepare(provider: Provider, case: Case, device: str) -> tuple[dict[str, Any]
         loss = provider.loss(case)
         if loss is None:
             return None
-        inputs = case.inputs(device)
+        make_inputs = case.inputs if case.inplace or provider.overwrites else partial(check.shared_inputs, case)
+        inputs = make_inputs(device)
         result: dict[str, Any] = {"first_use": timing.first_use(lambda: check.call(loss, inputs), device)}
         if provider.name == "copy":
             return {**result, "status": "ok"}, lambda: loss(inputs)
-        found = check.errors(case, loss, device)
+        found = check.errors(case, loss, make_inputs(device), device)
     except Exception as error:  # a contender that fails is shown with its reason
         return {"status": f"failed: {' '.join(str(error).split())[:200]}"}, None
     status = "wrong" if check.is_wrong(case, found) else "ok"

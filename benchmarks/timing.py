@@ -28,11 +28,9 @@ def first_use(call: Call, device: str) -> float:
 
 
 def interleaved(calls: dict[str, Call], device: str, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call, in turns (A B C A B C), so that drift of the machine hits all alike."""
+    """Seconds of each call, warmed up before, in turns (A B C A B C), so that drift of the machine hits all alike."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
     end = time.perf_counter() + seconds
     for done in range(MOST_ROUNDS):
         if done >= ROUNDS and time.perf_counter() > end:

@@ -36,4 +36,4 @@ def liger(case: Case) -> Loss | None:
     return run
 
 
-PROVIDERS = (Provider("Liger", needs_gpu_and("liger_kernel"), liger),)
+PROVIDERS = (Provider("Liger", needs_gpu_and("liger_kernel"), liger, overwrites=True),)

@@ -69,7 +69,7 @@ def test_a_gradient_of_the_wrong_size_is_wrong(device: str) -> None:
         value = NAMES["eager"].loss(case)(inputs)
         return value + value - value.detach()
 
-    assert check.is_wrong(case, check.errors(case, ignores_grad_output, device))
+    assert check.is_wrong(case, check.errors(case, ignores_grad_output, case.inputs(device), device))
 
 
 def test_cases_are_told_apart_by_name() -> None:

@@ -19,7 +19,7 @@ from fastkd.bench.cases import select
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every shape, dtype, divergence and kind")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing a case, at least 7 rounds (default 4)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing a case, at least 9 rounds (default 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the samples there, and plots beside it")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="say what changed, no more")
@@ -48,6 +48,7 @@ def main(options: argparse.Namespace) -> int:
 
 def show(console: Console, results: dict[str, Any]) -> None:
     console.print(f"[bold]fastkd bench[/bold] on {summary.machine_line(results['machine'])}")
+    said = ""
     for case in results["cases"]:
         (headers, *lines), absent = summary.table(case)
         table = Table(title=case["name"], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -56,7 +57,9 @@ def show(console: Console, results: dict[str, Any]) -> None:
         for line in lines:
             table.add_row(*line, style="bold" if line[0].startswith("fastkd") else None)
         console.print(table)
-        console.print(f"[dim]not run: {absent}[/dim]\n" if absent else "")
+        if absent != said:  # mostly the same for all cases
+            console.print(f"[dim]not run: {absent}[/dim]\n")
+            said = absent
     console.print(" ".join(summary.LEGEND.split()))
 
 

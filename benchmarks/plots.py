@@ -19,7 +19,7 @@ COLORS = {
 }  # fmt: skip
 PANELS = {
     "time per element, ns": lambda case, f: f.seconds and f.seconds * 1e9 / (case["rows"] * case["vocab"]),
-    "speed of copying the same bytes, %": lambda case, f: f.of_copy and 100 * f.of_copy,
+    "share of a copy's speed, %": lambda case, f: f.of_copy and 100 * f.of_copy,
     "extra memory, bytes per element": lambda case, f: f.extra and f.extra / (case["rows"] * case["vocab"]),
 }
 
@@ -31,8 +31,9 @@ def draw(results: dict[str, Any], base: Path) -> list[Path]:
     for axis, other in (("vocab", "rows"), ("rows", "vocab")):
         series = defaultdict(list)
         for case in plain:
-            # Shapes of as many elements make a series too: their time differs by the shape alone.
-            series[case["dtype"], case[other] if results["machine"]["kind"] == "cuda" else None].append(case)
+            # On a CPU, shapes of as many elements make a series over the vocabulary.
+            free = axis == "vocab" and results["machine"]["kind"] == "cpu"
+            series[case["dtype"], None if free else case[other]].append(case)
         series = {key: sorted(cases, key=lambda case: case[axis]) for key, cases in series.items()}
         series = {key: cases for key, cases in series.items() if len({case[axis] for case in cases}) > 1}
         if series:
@@ -57,8 +58,11 @@ def panels(series: dict[Any, list[dict[str, Any]]], axis: str, machine: dict[str
             fixed = f", {other} {'rows' if axis == 'vocab' else 'columns'}" if other else ""
             axes.set_title(f"{title}\n{dtype}{fixed}")
             axes.set_xlabel({"vocab": "vocabulary", "rows": "rows"}[axis])
-        line[0].set_yscale("log")
-        line[0].legend(fontsize="small")
+            if axes is line[0]:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS))
     figure.suptitle(f"loss + backward on {machine['device']}, torch {machine['versions']['torch']}")
     return figure
 
@@ -71,5 +75,4 @@ def lines(axes: Axes, cases: list[dict[str, Any]], axis: str, value: Any) -> Non
                 points[name].append((case[axis], y))
     for name, values in points.items():
         axes.plot(*zip(*values, strict=True), marker="o", label=name, color=COLORS.get(name))
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +29,24 @@ Step = Callable[[str], None]
 def run(cases: Iterable[Case], device: str, seconds: float, step: Step) -> dict[str, Any]:
     """Time ``cases``, each for about ``seconds`` but at least :data:`timing.ROUNDS` rounds."""
     results = {"machine": machine(device), "command": " ".join(["python -m fastkd", *sys.argv[1:]]), "cases": []}
-    for case in cases:
-        results["cases"].append({**case.as_dict(), "contenders": run_case(case, device, seconds, step)})
+    with fresh_caches():
+        for case in cases:
+            results["cases"].append({**case.as_dict(), "contenders": run_case(case, device, seconds, step)})
     return results
+
+
+@contextmanager
+def fresh_caches() -> Iterator[None]:
+    """Compiled code is cached on disk; here a first use compiles, as it would on a new machine."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update({name: f"{folder}/{name}" for name in names})
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def run_case(case: Case, device: str, seconds: float, step: Step) -> dict[str, Any]:

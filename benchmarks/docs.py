@@ -33,23 +33,27 @@ def blocks() -> dict[str, str]:
 
 def short(results: dict[str, Any]) -> str:
     """A line for each case and backend: its time, and its speed against the others'."""
-    lines = [["case", "backend", "time", *(f"speed of {other}" for other in OTHERS), "share of the copy's speed"]]
+    lines = [["case", "backend", "time", *(f"x {other}" for other in OTHERS), "of a copy's speed"]]
     for case in results["cases"]:
         found = summary.figures(case)
         ours = [(name, f) for name, f in found.items() if name.startswith("fastkd ") and f.seconds]
         for name, f in sorted(ours, key=lambda item: item[1].seconds):
             others = [found[other].seconds if other in found else None for other in OTHERS]
-            ratios = [f"{seconds / f.seconds:.2f} x" if seconds else "" for seconds in others]
+            ratios = [f"{seconds / f.seconds:.2f}" if seconds else "" for seconds in others]
             time, share = summary.duration(f.seconds), f"{f.of_copy:.0%}"
             lines.append([case["name"], f"`{name.split()[1]}`", time, *ratios, share])
-    return f"{summary.machine_line(results['machine'])}\n\n{table(lines)}\n"
+    return f"{summary.machine_line(results['machine'])}\n\n{table(summary.without_empty_columns(lines))}"
 
 
 def full(results: dict[str, Any]) -> str:
     parts = [f"### {results['machine']['device']}\n\n{summary.machine_line(results['machine'])}\n"]
+    said = ""
     for case in results["cases"]:
         lines, absent = summary.table(case)
-        parts.append(f"\n**{case['name']}**\n\n{table(lines)}" + (f"\nNot run: {absent}.\n" if absent else ""))
+        parts.append(f"\n**{case['name']}**\n\n{table(lines)}")
+        if absent != said:  # mostly the same for all cases
+            parts.append(f"\nNot run: {absent}.\n")
+            said = absent
     return "".join(parts)
 
 

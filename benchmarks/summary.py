@@ -66,9 +66,14 @@ def table(case: dict[str, Any]) -> tuple[list[list[str]], str]:
     """(the header and a line for each contender that was timed, without empty columns; why the others were not)."""
     found = figures(case)
     lines = [list(HEADERS), *(cells(name, f) for name, f in found.items() if f.seconds)]
-    kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
     absent = "; ".join(f"{name}: {f.status}" for name, f in found.items() if not f.seconds)
-    return [list(line) for line in zip(*kept, strict=True)], absent
+    return without_empty_columns(lines), absent
+
+
+def without_empty_columns(lines: list[list[str]]) -> list[list[str]]:
+    """Of a header and lines: the columns in which any line says something."""
+    kept = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return [list(line) for line in zip(*kept, strict=True)]
 
 
 def duration(seconds: float) -> str:

@@ -13,13 +13,21 @@ from torch import Tensor
 TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
+HIDDEN = 1024  # width of hidden states
 
 
 class Inputs(NamedTuple):
-    student: Tensor  # [rows, vocab], requires a gradient
-    teacher: Tensor  # [rows, vocab]
+    student: Tensor  # [rows, vocab], or hidden states [rows, HIDDEN]; requires a gradient
+    teacher: Tensor  # likewise
     labels: Tensor  # [rows]
     grad_output: Tensor  # of the loss: 0-d; of log-probabilities: [rows, vocab]
+    heads: tuple[Tensor, ...] = ()  # output matrices of student and teacher [vocab, HIDDEN], with hidden states
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's, [rows, vocab]."""
+        if not self.heads:
+            return self.student, self.teacher
+        return self.student @ self.heads[0].T, self.teacher @ self.heads[1].T
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ class Case:
     rows: int
     vocab: int
     dtype: str = "bfloat16"
-    kind: str = "loss + backward"  # or "loss", with no gradient asked for; or "log_softmax", with its backward
+    # or "loss", with no gradient asked for; "log_softmax", with its backward; "hidden states + backward", the loss from
+    # what comes before the output matrices, with the gradients of the student's two
+    kind: str = "loss + backward"
     divergence: str = "forward_kl"  # or "reverse_kl", "jsd" (beta = 0.5)
     terms: str = "both"  # or "hard", "soft"
     grad_output: float = 1.0
@@ -50,21 +60,28 @@ class Case:
     @property
     def bytes(self) -> int:
         """Read each input once, write each output once."""
+        if self.kind == "hidden states + backward":
+            return 3 * (self.rows + self.vocab) * HIDDEN * DTYPES[self.dtype].itemsize
         tensors = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3}[self.kind] - (self.terms == "hard")
         return tensors * self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     def inputs(self, device: str) -> Inputs:
         generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": device}
-        student, teacher = (
-            torch.randn(self.rows, self.vocab, dtype=DTYPES[self.dtype], **options).mul_(3.0) for _ in range(2)
-        )
+        options_2d = {**options, "dtype": DTYPES[self.dtype]}
+        if self.kind == "hidden states + backward":
+            student, teacher = (torch.randn(self.rows, HIDDEN, **options_2d) for _ in range(2))
+            heads = tuple(torch.randn(self.vocab, HIDDEN, **options_2d).mul_(3.0 * HIDDEN**-0.5) for _ in range(2))
+            heads[0].requires_grad_()
+        else:
+            student, teacher = (torch.randn(self.rows, self.vocab, **options_2d).mul_(3.0) for _ in range(2))
+            heads = ()
         labels = torch.randint(self.vocab, (self.rows,), **options)
         if self.kind == "log_softmax":
-            grad_output = torch.randn(self.rows, self.vocab, dtype=DTYPES[self.dtype], **options)
+            grad_output = torch.randn(self.rows, self.vocab, **options_2d)
         else:
             grad_output = torch.tensor(self.grad_output, device=device)
-        return Inputs(student.requires_grad_(self.kind != "loss"), teacher, labels, grad_output)
+        return Inputs(student.requires_grad_(self.kind != "loss"), teacher, labels, grad_output, heads)
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": self.bytes, **asdict(self)}
@@ -80,7 +97,7 @@ def quick(device: str) -> Iterator[Case]:
     for vocab in VOCABULARIES:
         yield Case(4096, vocab)
     yield Case(4096, 128256, "float32")
-    for kind in ("loss", "log_softmax"):
+    for kind in ("loss", "log_softmax", "hidden states + backward"):
         yield Case(4096, 128256, kind=kind)
     for rows in (1, 64):
         yield Case(rows, 128256)
@@ -95,6 +112,7 @@ def full(device: str) -> Iterator[Case]:
         yield Case(rows, vocab, dtype, kind)
     for divergence, terms in (("reverse_kl", "both"), ("jsd", "both"), ("forward_kl", "hard"), ("forward_kl", "soft")):
         yield Case(rows, 128256, divergence=divergence, terms=terms)
+    yield Case(rows, 128256, kind="hidden states + backward")
     yield Case(rows, 128256, grad_output=0.5)
     yield Case(rows, 128256, inplace=True)
     for count in (1, 4, 16, 64, 256, 1024) if device == "cpu" else (1, 8, 64, 512, 16384):

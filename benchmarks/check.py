@@ -19,11 +19,11 @@ GRADIENT_LIMIT = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 5e-3}
 
 
 def call(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
-    """(the loss or the log-probabilities, the gradient if there is one): what is timed."""
+    """(the loss or the log-probabilities, the student's gradient if there is one): what is timed."""
     value = loss(inputs)
     if not inputs.student.requires_grad or not value.requires_grad:
         return value, None
-    return value, torch.autograd.grad(value, inputs.student, inputs.grad_output)[0]
+    return value, torch.autograd.grad(value, (inputs.student, *inputs.heads[:1]), inputs.grad_output)[0]
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,13 +46,15 @@ def errors(case: Case, loss: Loss, inputs: Inputs, device: str) -> dict[str, flo
 def reference(case: Case, device: str) -> tuple[Tensor, Tensor | None]:
     """(value, gradient) by float64, some rows at a time; what has a number a logit is kept in float32."""
     inputs = shared_inputs(case, device)
+    heads = tuple(head.detach().double() for head in inputs.heads)
     values, grads = [], []
     step = max(1, CHUNK // case.vocab)
     for start in range(0, case.rows, step):
         rows = slice(start, start + step)
         student = inputs.student.detach()[rows].double().requires_grad_(inputs.student.requires_grad)
         grad_output = (inputs.grad_output[rows] if inputs.grad_output.dim() else inputs.grad_output).double()
-        exact = formula(case, Inputs(student, inputs.teacher[rows].double(), inputs.labels[rows], grad_output))
+        teacher, labels = inputs.teacher[rows].double(), inputs.labels[rows]
+        exact = formula(case, Inputs(student, teacher, labels, grad_output, heads))
         if exact.dim() == 0:
             exact = exact * (len(student) / case.rows)  # its share of the mean over all rows
         values.append(exact.detach() if exact.dim() == 0 else exact.detach().float())
@@ -72,6 +74,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def is_wrong(case: Case, found: dict[str, float | None]) -> bool:
-    value_limit = GRADIENT_LIMIT[case.dtype] if case.kind == "log_softmax" else LOSS_LIMIT
+    rounds = case.kind in ("log_softmax", "hidden states + backward")  # what is compared, or the logits behind it
+    value_limit = GRADIENT_LIMIT[case.dtype] if rounds else LOSS_LIMIT
     limits = {"value": value_limit, "gradient": GRADIENT_LIMIT[case.dtype]}
     return any(error is not None and not error <= limits[name] for name, error in found.items())

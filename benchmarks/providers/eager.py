@@ -26,7 +26,7 @@ def divergence(name: str, log_s: Tensor, log_t: Tensor) -> Tensor:
 
 def formula(case: Case, inputs: Inputs) -> Tensor:
     """At least in float32; in float64 it is the reference that all contenders are checked against."""
-    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (inputs.student, inputs.teacher))
+    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in inputs.logits())
     if case.kind == "log_softmax":
         return F.log_softmax(student / TEMPERATURE, -1).to(inputs.grad_output.dtype)
     loss = student.new_zeros(())

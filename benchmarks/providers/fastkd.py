@@ -22,10 +22,10 @@ def loss(backend: str, case: Case) -> Loss:
         return lambda inputs: fastkd.log_softmax(inputs.student, temperature=TEMPERATURE, backend=backend)
 
     def run(inputs: Inputs) -> Tensor:
-        student = Output.apply(inputs.student) if case.inplace else inputs.student
+        student, teacher = inputs.logits()
         value = fastkd.kd_loss(
-            student,
-            inputs.teacher,
+            Output.apply(student) if case.inplace else student,
+            teacher,
             inputs.labels,
             temperature=TEMPERATURE,
             hard_weight=HARD_WEIGHT if case.terms != "soft" else 0.0,

@@ -7,7 +7,7 @@ from fastkd.bench.provider import Loss, Provider, needs_gpu_and
 
 
 def fla(case: Case) -> Loss | None:
-    if case.terms != "hard" or case.kind == "log_softmax" or case.inplace:
+    if case.terms != "hard" or case.kind not in ("loss", "loss + backward") or case.inplace:
         return None
     from fla.modules import FusedCrossEntropyLoss
 

@@ -1,7 +1,7 @@
-"""Liger: its cross-entropy, and its KL or JSD on log-probabilities, composed to the same loss.
+"""Liger: its cross-entropy, and its KL or JSD on log-probabilities, composed to the same loss; from hidden states its
+chunked distillation loss.
 
-Its cross-entropy writes the gradient over its input, so the soft term comes first. Its JSD counts beta from the
-student's side.
+Its cross-entropy writes the gradient over its input, so the soft term comes first. The chunked loss has no T².
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from fastkd.bench.provider import Loss, Provider, needs_gpu_and
 def liger(case: Case) -> Loss | None:
     if case.kind == "log_softmax" or case.inplace:
         return None
-    from liger_kernel.transformers.functional import liger_cross_entropy, liger_jsd, liger_kl_div
-
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[case.divergence]
+    if case.kind == "hidden states + backward":
+        return from_hidden_states(case, beta)
+    from liger_kernel.transformers.functional import liger_cross_entropy, liger_jsd, liger_kl_div
 
     def run(inputs: Inputs) -> Tensor:
         loss = inputs.student.new_zeros((), dtype=inputs.grad_output.dtype)
@@ -32,6 +33,23 @@ def liger(case: Case) -> Loss | None:
         if case.terms != "soft":
             loss = loss + HARD_WEIGHT * liger_cross_entropy(inputs.student, inputs.labels)
         return loss
+
+    return run
+
+
+def from_hidden_states(case: Case, beta: float) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=HARD_WEIGHT if case.terms != "soft" else 0.0,
+        weight_soft_loss=SOFT_WEIGHT * TEMPERATURE**2 if case.terms != "hard" else 0.0,
+        beta=beta,
+        temperature=TEMPERATURE,
+    )
+
+    def run(inputs: Inputs) -> Tensor:
+        (student_head, teacher_head), labels = inputs.heads, inputs.labels
+        return loss(inputs.student, student_head, inputs.teacher, teacher_head, labels)
 
     return run
 

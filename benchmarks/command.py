@@ -35,12 +35,14 @@ def main(options: argparse.Namespace) -> int:
     if not cases:
         console.print(f"no case contains {options.only!r}")
         return 2
-    with console.status("") as status:
-        results = run.run(cases, device, options.seconds, status.update)
-    show(console, results)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    with console.status("") as status:
+        for results in run.run(cases, device, options.seconds, status.update):
+            if options.out:  # a run that is cut short leaves what it has
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+    show(console, results)
+    if options.out:
         for path in plots.draw(results, options.out.with_suffix("")):
             console.print(f"plot: {path}", soft_wrap=True)
     return 0

@@ -26,13 +26,13 @@ PACKAGES = ("fastkd", "torch", "triton", "liger-kernel", "quack-kernels", "fla-c
 Step = Callable[[str], None]
 
 
-def run(cases: Iterable[Case], device: str, seconds: float, step: Step) -> dict[str, Any]:
-    """Time ``cases``, each for about ``seconds`` but at least :data:`timing.ROUNDS` rounds."""
+def run(cases: Iterable[Case], device: str, seconds: float, step: Step) -> Iterator[dict[str, Any]]:
+    """Time ``cases``, each for about ``seconds`` but at least :data:`timing.ROUNDS` rounds; the results after each."""
     results = {"machine": machine(device), "command": " ".join(["python -m fastkd", *sys.argv[1:]]), "cases": []}
     with fresh_caches():
         for case in cases:
             results["cases"].append({**case.as_dict(), "contenders": run_case(case, device, seconds, step)})
-    return results
+            yield results
 
 
 @contextmanager

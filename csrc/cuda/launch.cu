@@ -17,9 +17,10 @@ constexpr int kStreamThreads = 512;
 
 Plan plan(int64_t vectors, int tensors) {
     int device = 0, major = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (status != cudaSuccess) return {false, 1, kStreamThreads, 0, status};
     for (int cluster = 1; cluster <= (major >= 9 ? 16 : 1); cluster *= 2) {
         const int64_t share = (vectors + cluster - 1) / cluster;
         const size_t shared = static_cast<size_t>(share) * 16 * tensors;
@@ -34,8 +35,8 @@ Plan plan(int64_t vectors, int tensors) {
 
 std::string launch(const char* name, const void* kernel, const Plan& plan, int64_t rows, int64_t columns,
                    void** arguments, cudaStream_t stream) {
-    cudaError_t status = cudaSuccess;
-    if (plan.shared > (48 << 10)) {
+    cudaError_t status = plan.status;
+    if (status == cudaSuccess && plan.shared > (48 << 10)) {
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
     }
     if (status == cudaSuccess && plan.cluster > 8) {

@@ -1,4 +1,4 @@
-// Launches: which grid a call gets, and the entry points of the module. Statuses are null or what went wrong.
+// Launches: which grid a call gets, and the entry points of the module. Statuses are '' or what went wrong.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,6 +14,7 @@ struct Plan {
     bool resident;
     int cluster, threads;
     size_t shared;
+    cudaError_t status = cudaSuccess;  // of asking the device; launch reports it
 };
 
 // The grid by row size: the only such table.

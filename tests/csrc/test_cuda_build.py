@@ -46,3 +46,13 @@ def test_rows_move_16_bytes_at_a_time_and_clusters_have_barriers() -> None:
         assert "LDG.E.128" in code or "LDGSTS.E.BYPASS.128" in code, name
         assert "UCGABAR_ARV" in code and "UCGABAR_WAIT" in code, name
     assert any("LDGSTS.E.BYPASS.128" in code for code in rows.values())
+
+
+def test_an_error_names_the_kernel_and_the_shape() -> None:
+    """Without a GPU nothing launches; with one, a grid of 0 rows does not."""
+    assert cuda.unavailable() is None, cuda.unavailable()
+    absent = (0, 0, 0, 0)
+    scale = cuda._cuda.scale(absent, 0, 1, 7, 0, 0)
+    log_softmax = cuda._cuda.log_softmax(absent, absent, absent, 0, 0, 1, 7, 1.0, 0)
+    assert re.match(r"scale on 0 x 7 \(.*512 threads.*\): \w+", scale)
+    assert re.match(r"log_softmax on 0 x 7 \(.*\): \w+", log_softmax)

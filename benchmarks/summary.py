@@ -35,7 +35,7 @@ def figures(case: dict[str, Any]) -> dict[str, Figures]:
             found[name] = Figures(contender["status"])
             continue
         seconds, samples = medians[name], contender["seconds"]
-        low, _, high = statistics.quantiles(samples, n=4)
+        low, _, high = quartiles(samples)
         ratio = {other: medians[other] / seconds if other in medians else None for other in ("eager", "copy")}
         errors = [error for error in contender.get("error", {}).values() if error is not None]
         found[name] = Figures(
@@ -44,6 +44,11 @@ def figures(case: dict[str, Any]) -> dict[str, Figures]:
             max(errors, default=None),
         )  # fmt: skip
     return found
+
+
+def quartiles(samples: list[float]) -> list[float]:
+    """Within the samples: by default ``quantiles`` guesses beyond them, and with few guesses far."""
+    return statistics.quantiles(samples, n=4, method="inclusive")
 
 
 def cells(name: str, f: Figures) -> list[str]:
@@ -100,6 +105,6 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, st
         for name, contender in case["contenders"].items():
             old = old_cases.get(case["name"], {}).get(name, {})
             if "seconds" in contender and "seconds" in old:
-                was, now = (statistics.quantiles(c["seconds"], n=4) for c in (old, contender))
+                was, now = (quartiles(c["seconds"]) for c in (old, contender))
                 found.append((case["name"], name, was[1] / now[1], now[2] < was[0] or was[2] < now[0]))
     return found

@@ -88,8 +88,20 @@ FASTKD_HD float exp_remainder(float x) {
     return square * (low + square * square * high);
 }
 
-// p·x with 0·inf = 0.
-FASTKD_HD float mul0(float p, float x) { return p == 0.0f ? 0.0f : p * x; }
+// p·x with 0·inf = 0. A product outermost, so that a sum of them is fused.
+template <class Real>
+FASTKD_HD Real mul0(Real p, Real x) {
+    return p * (p == 0 ? 0 : x);
+}
+
+// The larger one; of a NaN and a number, on a CPU the second, on a GPU the number.
+FASTKD_HD float max(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fmaxf(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 FASTKD_HD float abs(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu); }
 
@@ -126,25 +138,38 @@ FASTKD_HD float to_float(float x) { return x; }
 FASTKD_HD float to_float(double x) { return static_cast<float>(x); }
 FASTKD_HD float to_float(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-// Shifting a half's bits in place leaves its exponent 112 too small, which one product mends, denormals included.
 FASTKD_HD float to_float(float16 x) {
+#ifdef __CUDA_ARCH__
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+    return wide;
+#else
+    // Shifting a half's bits in place leaves its exponent 112 too small, which one product mends, denormals included.
     const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
     const float finite = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112
     const uint32_t special = magnitude | 0x7f800000u;
     const uint32_t bits = magnitude >= 0x0f800000u ? special : bit_cast<uint32_t>(finite);
     return bit_cast<float>(bits | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+#endif
 }
 
 FASTKD_HD void from_float(float x, float& out) { out = x; }
 FASTKD_HD void from_float(float x, double& out) { out = x; }
 
 FASTKD_HD void from_float(float x, bfloat16& out) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+#endif
 }
 
 FASTKD_HD void from_float(float x, float16& out) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
     const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000u;
     const uint32_t magnitude = bit_cast<uint32_t>(x) & 0x7fffffffu;
     // Normal: rebias the exponent and round off 13 bits. Below 2^-14 the sum with 1/2 rounds to a multiple of 2^-24.
@@ -153,6 +178,7 @@ FASTKD_HD void from_float(float x, float16& out) {
     const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
     const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     out.bits = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000u ? large : finite));
+#endif
 }
 
 }  // namespace FASTKD_ISA

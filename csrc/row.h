@@ -22,8 +22,40 @@ FASTKD_HD float log_ratio(float z, float u, float inv_t, float shift) {
 }
 
 // T·∂D/∂z. An infinite reverse KL (G = inf) has no gradient; anywhere else G is finite, or the logits hold a NaN.
+template <class Functor>
 FASTKD_HD float soft_gradient(float g, float p_s, float grad_sum) {
-    return grad_sum == kInfinity ? 0.0f : g - p_s * grad_sum;
+    if (Functor::kGradSum == GradSum::kFromValue && grad_sum == kInfinity) return 0.0f;
+    return g - p_s * grad_sum;
+}
+
+// What stage 1 averages for S, of one column or, of a shift of them all, of their sums: s and t are the exponentials of
+// student and teacher, x and y what z and u are above their peaks.
+template <Moment kMoment, class Real>
+FASTKD_HD Real moment_of(Real s, Real t, Real x, Real y) {
+    if constexpr (kMoment == Moment::kTeacherRatio) return mul0(t, y - x);
+    if constexpr (kMoment == Moment::kStudentRatio) return mul0(s, x - y);
+    if constexpr (kMoment == Moment::kTeacherLog) return mul0(t, x);
+    return 0;
+}
+
+template <class Real>
+struct Value {
+    Real value;
+    bool has_digits;  // else stage 2 sums it again, from terms that are small themselves
+};
+
+// S from that average over T, log Σ exp of z and the teacher's less the student's.
+template <class Functor, class Real>
+FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real log_s, Real log_ratio) {
+    constexpr Moment kMoment = Functor::kMoment;
+    if constexpr (kMoment == Moment::kTeacherLog) return {functor.weight() * (log_s - mean), true};
+    const Real value = kMoment == Moment::kTeacherRatio ? mean - log_ratio : mean + log_ratio;
+    const Real size = mean < 0 ? -mean : mean;
+    // The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
+    bool has_digits = !(value < Real(0.05) + Real(0.02) * size);
+    // A G of thousands must be rounded as the g are from which it is subtracted.
+    if (Functor::kGradSum == GradSum::kFromValue && size > 64) has_digits = false;
+    return {functor.weight() * value, has_digits};
 }
 
 struct LabelTerm {

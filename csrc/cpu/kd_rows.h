@@ -212,41 +212,28 @@ class Row {
 
     // S and G, by the mean that stage 1 took or by stage 2.
     void finish_soft() {
-        double value = 0.0;
-        bool digits = false;
-        if constexpr (Functor::kMoment != Moment::kNone) {
-            const double mean = moment() / p_.temperature;
-            if constexpr (Functor::kMoment == Moment::kTeacherRatio) value = mean - log_sums_;
-            if constexpr (Functor::kMoment == Moment::kStudentRatio) value = mean + log_sums_;
-            if constexpr (Functor::kMoment == Moment::kTeacherLog) value = std::log(total_s_) - mean;
-            // The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
-            const double needed = 0.05 + 0.02 * std::fabs(mean);
-            digits = Functor::kMoment == Moment::kTeacherLog || !(value < needed);
-            // A G of thousands must be rounded as the g are from which it is subtracted.
-            if (Functor::kGradSum == GradSum::kFromValue && std::fabs(mean) > 64.0) digits = false;
-            value *= functor_.weight();
-        }
+        Value<double> sum = {0.0, false};
+        if constexpr (Functor::kMoment != Moment::kNone)
+            sum = value_from_mean(functor_, moment() / p_.temperature, std::log(total_s_), log_sums_);
         if constexpr (Functor::kGradSum == GradSum::kConstant) base_.grad_sum = -functor_.weight();
         if constexpr (Functor::kGradSum == GradSum::kFromValue)
-            base_.grad_sum = static_cast<float>(functor_.weight() + value);
+            base_.grad_sum = static_cast<float>(functor_.weight() + sum.value);
         if constexpr (Functor::kMoment != Moment::kTeacherLog)
-            if (!digits) value = stage2();
-        if (value < 0.0) value = 0.0;
-        p_.soft[row_] = static_cast<float>(value);
+            if (!sum.has_digits) sum.value = stage2();
+        p_.soft[row_] = static_cast<float>(sum.value < 0.0 ? 0.0 : sum.value);
         p_.stats[row_ * kNumStats + kGradSum] = base_.grad_sum;
     }
 
     // The mean of what stage 1 summed, relative to the row's peaks instead of each tile's.
     double moment() const {
+        constexpr bool kByStudent = Functor::kMoment == Moment::kStudentRatio;
         double sum = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             const double z = shift_of(z_peaks_[i]) - shift_of(z_peak_), u = shift_of(u_peaks_[i]) - shift_of(u_peak_);
-            const bool by_student = Functor::kMoment == Moment::kStudentRatio;
-            const double weight = by_student ? sum_s_[i] : sum_t_[i];
-            const double offset = Functor::kMoment == Moment::kTeacherLog ? z : by_student ? z - u : u - z;
-            if (weight != 0.0) sum += (moment_[i] + offset * weight) * (by_student ? by_s_[i] : by_t_[i]);
+            const double of_shift = moment_of<Functor::kMoment>(double{sum_s_[i]}, double{sum_t_[i]}, z, u);
+            sum += mul0(double{kByStudent ? by_s_[i] : by_t_[i]}, moment_[i] + of_shift);
         }
-        return sum / (Functor::kMoment == Moment::kStudentRatio ? total_s_ : total_t_);
+        return sum / (kByStudent ? total_s_ : total_t_);
     }
 
     double stage2() {

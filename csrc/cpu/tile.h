@@ -55,9 +55,7 @@ FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n,
             e_t[j] = t;
             sum_s += s;
             sum_t += t;
-            if constexpr (kMoment == Moment::kTeacherRatio) moment += mul0(t, u_j - z_j);
-            if constexpr (kMoment == Moment::kStudentRatio) moment += mul0(s, z_j - u_j);
-            if constexpr (kMoment == Moment::kTeacherLog) moment += mul0(t, z_j);
+            moment += moment_of<kMoment>(s, t, z_j, u_j);
         }
         if constexpr (kHard == Hard::kOwn) {
             const float h = exp(z[j] - h_shift);
@@ -124,7 +122,7 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
                 if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.inv_t, f.shift);
                 g = functor(0.0f, d, f.p_t * e_t[j], p_s).g;
             }
-            sum += f.soft * soft_gradient(g, p_s, f.grad_sum);
+            sum += f.soft * soft_gradient<Functor>(g, p_s, f.grad_sum);
         }
         if constexpr (kHard == Hard::kOwn) {
             sum += f.hard * e_h[j];

@@ -2,16 +2,16 @@
 
 #include <algorithm>
 
+#include "grid.cuh"
+
 namespace fastkd {
 
 namespace {
 
-// Shared memory of a block: two blocks an SM (227 KB on sm_90), so that one's loads overlap the other's arithmetic; a
-// cluster of 16, the largest there is, may take all of it. Static slots need 9 KB.
-constexpr size_t kStaticBytes = 9 << 10;
+// Shared memory of a block: at least two blocks an SM (227 KB on sm_90), so that one's loads overlap the other's
+// arithmetic; a cluster of 16, the largest there is, may take all of it. Static slots need 5 KB.
+constexpr size_t kStaticBytes = 5 << 10;
 constexpr size_t kSharedOfTwo = 104 << 10;
-constexpr int kResidentThreads = 256;
-constexpr int kStreamThreads = 512;
 
 }  // namespace
 
@@ -20,17 +20,17 @@ Plan plan(int64_t vectors, int tensors) {
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (status != cudaSuccess) return {false, 1, kStreamThreads, 0, status};
+    if (status != cudaSuccess) return {false, 1, kMaxThreads, 0, status};
     for (int cluster = 1; cluster <= (major >= 9 ? 16 : 1); cluster *= 2) {
         const int64_t share = (vectors + cluster - 1) / cluster;
         const size_t shared = static_cast<size_t>(share) * 16 * tensors;
         const size_t limit = cluster == 16 ? most - kStaticBytes : std::min(kSharedOfTwo, most - kStaticBytes);
         if (shared <= limit) {
             const int64_t threads = (share + 31) / 32 * 32;
-            return {true, cluster, static_cast<int>(std::min<int64_t>(threads, kResidentThreads)), shared};
+            return {true, cluster, static_cast<int>(std::min<int64_t>(threads, kMaxThreads)), shared};
         }
     }
-    return {false, 1, kStreamThreads, 0};
+    return {false, 1, kMaxThreads, 0};
 }
 
 std::string launch(const char* name, const void* kernel, const Plan& plan, int64_t rows, int64_t columns,

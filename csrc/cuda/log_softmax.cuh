@@ -33,7 +33,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_kernel(const LogSoftmaxParams p) {
     reader.template for_each<false>([&](int, const Vec<T>& x, const Vec<T>&) {
         const float old = peak;
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) peak = x[j] > peak ? x[j] : peak;
+        for (int j = 0; j < Vec<T>::kColumns; ++j) peak = max(x[j], peak);
         const float shift = shift_of(peak);
         sum *= exp2((old - shift) * k);
 #pragma unroll
@@ -50,12 +50,12 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_kernel(const LogSoftmaxParams p) {
     sum = slots.sum_of([&](int slot) { return slots.values[1][slot] * exp2((slots.values[0][slot] - shift) * k); });
     const float log_sum = log2f(sum) * kLn2;
 
-    Out* out_row = reinterpret_cast<Out*>(p.out.row(index, p.inner_rows));
+    const Row<Out> out_row(reinterpret_cast<Out*>(p.out.row(index, p.inner_rows)), n, reader.head);
     reader.template for_each<true>([&](int first, const Vec<T>& x, const Vec<T>&) {
         float out[Vec<T>::kColumns];
 #pragma unroll
         for (int j = 0; j < Vec<T>::kColumns; ++j) out[j] = (x[j] - shift) * inv_t - log_sum;
-        store(out_row, first, n, out);
+        store(out_row, first, out);
     });
     if (cluster_rank() == 0 && thread_rank() == 0) {
         p.lse[2 * index] = shift;
@@ -69,7 +69,6 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_backward_kernel(const LogSoftmaxPar
     cluster_arrive();
     const int64_t index = block_rank() / cluster_size();
     const int n = static_cast<int>(p.columns);
-    const T* x_row = reinterpret_cast<const T*>(p.x.row(index, p.inner_rows));
     const Out* dy_row = reinterpret_cast<const Out*>(p.dy.row(index, p.inner_rows));
     const RowReader<Out, false, kResident> reader(dy_row, nullptr, n, dynamic_shared());
     reader.start();
@@ -88,13 +87,14 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_backward_kernel(const LogSoftmaxPar
     cluster_wait();
     sum = slots.sum(0);
 
-    T* dx_row = reinterpret_cast<T*>(p.out.row(index, p.inner_rows));
+    const Row<const T> x_row(reinterpret_cast<const T*>(p.x.row(index, p.inner_rows)), n, reader.head);
+    const Row<T> dx_row(reinterpret_cast<T*>(p.out.row(index, p.inner_rows)), n, reader.head);
     reader.template for_each<true>([&](int first, const Vec<Out>& dy, const Vec<Out>&) {
         float x[Vec<Out>::kColumns];
-        load_floats(x_row, first, n, x);
+        load_floats(x_row, first, x);
 #pragma unroll
         for (int j = 0; j < Vec<Out>::kColumns; ++j) x[j] = (dy[j] - exp2((x[j] - shift) * k - log2_sum) * sum) * inv_t;
-        store(dx_row, first, n, x);
+        store(dx_row, first, x);
     });
 }
 

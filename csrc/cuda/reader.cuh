@@ -9,12 +9,13 @@ namespace fastkd {
 // share of the vectors, its threads take them in turn, and each thread sees only what it copied itself.
 template <class T, bool kPair, bool kResident>
 struct RowReader {
-    const T *x_row, *y_row;
-    int head, n;
+    int head;
+    Row<const T> x, y;
     int begin, end;  // vectors of this block
     Vec<T>*x_kept, *y_kept;
 
-    FASTKD_D RowReader(const T* x, const T* y, int n, char* shared) : x_row(x), y_row(y), head(head_of(x)), n(n) {
+    FASTKD_D RowReader(const T* x_data, const T* y_data, int n, char* shared)
+        : head(head_of(x_data)), x(x_data, n, head), y(y_data, n, head) {
         const int vectors = (n + head + Vec<T>::kColumns - 1) / Vec<T>::kColumns;
         const int share = (vectors + cluster_size() - 1) / cluster_size();
         begin = share * cluster_rank();
@@ -25,39 +26,53 @@ struct RowReader {
 
     FASTKD_D int column(int index) const { return index * Vec<T>::kColumns - head; }
 
-    FASTKD_D void keep(const T* row, Vec<T>* kept) const {
-        for (int index = begin + thread_rank(); index < end; index += block_threads()) {
-            const int first = column(index);
-            if (is_whole(row, first, n)) {
-                copy_async(kept + (index - begin), row + first);
+    FASTKD_D void keep(const Row<const T>& row, Vec<T>* kept) const {
+        const int step = block_threads();
+        int first = column(begin + thread_rank());
+        Vec<T>* to = kept + thread_rank();
+#pragma unroll 1
+        for (int left = end - begin - thread_rank(); left > 0; left -= step) {
+            if (row.is_whole(first)) {
+                copy_async(to, row.data + first);
             } else {
-                kept[index - begin] = load(row, first, n);
+                *to = load(row, first);
             }
+            first += step * Vec<T>::kColumns;
+            to += step;
         }
     }
 
     FASTKD_D void start() const {
         if constexpr (kResident) {
-            keep(x_row, x_kept);
-            if constexpr (kPair) keep(y_row, y_kept);
+            keep(x, x_kept);
+            if constexpr (kPair) keep(y, y_kept);
         }
     }
 
-    // visit(first column, x, y) of every vector, forwards, or backwards so that the row's end is still in cache.
+    // visit(first column, x, y) of one vector.
+    template <class Visit>
+    FASTKD_D void at(int index, Visit&& visit) const {
+        if constexpr (kResident) {
+            visit(column(index), x_kept[index - begin], y_kept[kPair ? index - begin : 0]);
+        } else {
+            const Vec<T> vec = load(x, column(index));
+            visit(column(index), vec, kPair ? load(y, column(index)) : vec);
+        }
+    }
+
+    // The same of every vector, forwards, or backwards so that the row's end is still in cache.
     template <bool kReverse, class Visit>
     FASTKD_D void for_each(Visit&& visit) const {
         const int first = begin + thread_rank();
         const int steps = first < end ? (end - first - 1) / block_threads() + 1 : 0;
-        for (int i = 0; i < steps; ++i) {
-            const int index = first + (kReverse ? steps - 1 - i : i) * block_threads();
-            const int at = column(index);
-            if constexpr (kResident) {
-                visit(at, x_kept[index - begin], y_kept[kPair ? index - begin : 0]);
-            } else {
-                const Vec<T> x = load(x_row, at, n);
-                visit(at, x, kPair ? load(y_row, at, n) : x);
-            }
-        }
+        for (int i = 0; i < steps; ++i) at(first + (kReverse ? steps - 1 - i : i) * block_threads(), visit);
+    }
+
+    FASTKD_D int index_of(int column) const { return (column + head) / Vec<T>::kColumns; }
+
+    // Whether this thread walks over a vector.
+    FASTKD_D bool walks(int index) const {
+        return index >= begin && index < end && (index - begin) % block_threads() == thread_rank();
     }
 };
 

@@ -8,10 +8,7 @@ namespace fastkd {
 constexpr int kMaxSlots = kMaxThreads / kWarp * kMaxCluster;  // warps of a cluster
 
 FASTKD_D float warp_max(float x) {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        const float other = shuffle_xor(x, mask);
-        x = other > x ? other : x;
-    }
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max(shuffle_xor(x, mask), x);
     return x;
 }
 
@@ -26,10 +23,10 @@ struct Slots {
     float values[kValues][kMaxSlots];
 
     // The warp's lanes write to different blocks. Lane 0 of a lone block is enough.
-    FASTKD_D void publish(const float (&value)[kValues], int only_rank = -1) {
+    FASTKD_D void publish(const float (&value)[kValues]) {
         const int lane = thread_rank() % kWarp, warp = thread_rank() / kWarp;
         const int slot = cluster_rank() * (block_threads() / kWarp) + warp;
-        if (lane < cluster_size() && (only_rank < 0 || lane == only_rank)) {
+        if (lane < cluster_size()) {
             for (int i = 0; i < kValues; ++i) store_remote(&values[i][slot], lane, value[i]);
         }
     }
@@ -39,9 +36,7 @@ struct Slots {
     // Over the slots, in the same order in every warp.
     FASTKD_D float max(int i) const {
         float peak = -kInfinity;
-        for (int slot = thread_rank() % kWarp; slot < count(); slot += kWarp) {
-            peak = values[i][slot] > peak ? values[i][slot] : peak;
-        }
+        for (int slot = thread_rank() % kWarp; slot < count(); slot += kWarp) peak = fastkd::max(values[i][slot], peak);
         return warp_max(peak);
     }
 

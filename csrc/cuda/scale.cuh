@@ -15,15 +15,16 @@ template <class T>
 FASTKD_KERNEL void FASTKD_BOUNDS scale_kernel(const ScaleParams p, const float* scalar) {
     const float factor = *scalar;
     if (factor == 1.0f) return;
-    T* row = reinterpret_cast<T*>(p.x.row(block_rank(), p.inner_rows));
-    const int n = static_cast<int>(p.columns), head = head_of(row);
+    T* data = reinterpret_cast<T*>(p.x.row(block_rank(), p.inner_rows));
+    const int n = static_cast<int>(p.columns), head = head_of(data);
+    const Row<T> row(data, n, head);
     const int step = block_threads() * Vec<T>::kColumns;
     for (int first = thread_rank() * Vec<T>::kColumns - head; first < n; first += step) {
-        const Vec<T> vec = load(row, first, n);
+        const Vec<T> vec = load(row, first);
         float values[Vec<T>::kColumns];
 #pragma unroll
         for (int j = 0; j < Vec<T>::kColumns; ++j) values[j] = vec[j] * factor;
-        store(row, first, n, values);
+        store(row, first, values);
     }
 }
 

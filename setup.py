@@ -2,9 +2,11 @@
 
 An optional part that fails to build is left out with one line of warning, and the backend that needs it says so
 (``python -m fastkd info``). ``FASTKD_REQUIRE=cpu,cuda`` (a comma-separated list) makes its failure the install's.
-Without nvcc there is no CUDA part, and no warning. ``FASTKD_CUDA_ARCHS`` lists what it is compiled for.
+Without nvcc there is no CUDA part, and no warning. ``FASTKD_CUDA_ARCHS`` lists what it is compiled for; by default what
+this nvcc knows of sm_80, 90, 100 and 120.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -17,9 +19,16 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NVCC = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")) or shutil.which("nvcc")
-CUDA_ARCHS = os.environ.get("FASTKD_CUDA_ARCHS", "80,90,100,120").split(",")
-REQUIRED = {name for name in os.environ.get("FASTKD_REQUIRE", "").split(",") if name}
+CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+NVCC = shutil.which("nvcc", path=CUDA_BIN) or shutil.which("nvcc")
+CUDA_ARCHS = ("80", "90", "100", "120")
+
+
+def listed(variable: str) -> list[str]:
+    return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+
+
+REQUIRED = listed("FASTKD_REQUIRE")
 
 # -fopenmp-simd is the pragma alone, no library. The two -fno- drop C's floating-point flags and errno, which would
 # keep loops scalar; infinities and NaN stay exact.
@@ -71,19 +80,19 @@ class BuildOptional(build_ext):
         """Compile and link by nvcc, which knows its own headers and the static runtime; sources side by side."""
         if NVCC is None:
             raise RuntimeError("needs nvcc")
-        architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
         includes = [f"-I{folder}" for folder in (*ext.include_dirs, sysconfig.get_path("include"))]
-        flags = ["-std=c++17", "-O3", "-ftz=true", "--expt-relaxed-constexpr", "--extended-lambda"]
-        folder = os.path.join(self.build_temp, "cuda")
+        flags = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
+        compiler = [NVCC, *flags, *includes]
+        # One folder a command: objects of other flags are not these.
+        folder = os.path.join(self.build_temp, "cuda", hashlib.sha256(" ".join(compiler).encode()).hexdigest()[:16])
         os.makedirs(folder, exist_ok=True)
         headers = max(os.path.getmtime(path) for path in glob("csrc/*.h") + glob("csrc/cuda/*.*h"))
 
         def compile_one(source: str) -> str:
             target = os.path.join(folder, os.path.basename(source) + ".o")
-            command = [NVCC, *flags, *architectures, *includes, "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", source]
-            newest = max(headers, os.path.getmtime(source), os.path.getmtime("setup.py"))
+            newest = max(headers, os.path.getmtime(source))
             if self.force or not os.path.exists(target) or os.path.getmtime(target) < newest:
-                run([*command, "-o", target])
+                run([*compiler, "-c", source, "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -93,10 +102,25 @@ class BuildOptional(build_ext):
         run([NVCC, "-shared", "-cudart=static", *objects, "-o", library])
 
 
-def run(command: list[str]) -> None:
+def architectures() -> list[str]:
+    """nvcc's options. Machine code for each, and for GPUs to come the newest as PTX.
+
+    Not below 90, though: that PTX has no clusters, which are launched on every GPU from sm_90 on.
+    """
+    known = run([NVCC, "--list-gpu-arch"]).split()
+    archs = listed("FASTKD_CUDA_ARCHS") or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
+    if newest.isdigit() and int(newest) >= 90:
+        options.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return options
+
+
+def run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{os.path.basename(command[0])} failed: {result.stderr or result.stdout}")
+    return result.stdout
 
 
 CUDA = Extension("fastkd._cuda", sources=[*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/binding.cpp"], optional=True)

@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/threads.h"
+#include "divergence.h"
 
 namespace py = pybind11;
 
@@ -34,7 +35,7 @@ void expect_large_pages(const fastkd::Matrix& out, int64_t rows, int64_t columns
     if (!out.data || out.inner != columns) return;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(out.data) + kPage - 1) / kPage * kPage;
     const uintptr_t end = reinterpret_cast<uintptr_t>(out.data + rows * columns * size_of(out.dtype)) / kPage * kPage;
-    if (end > first + kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+    if (end > first + 8 * kPage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
     (void)out, (void)rows, (void)columns;
 #endif
@@ -63,6 +64,9 @@ void kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintpt
     const fastkd::KDRowsParams p =
         fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows, n, columns,
                                temperature, formula, c_t, c_s, w, smoothing, from_stats);
+    const fastkd::Numbers numbers{static_cast<fastkd::Formula>(formula), c_t, c_s, w};
+    if (p.u.data && !fastkd::Divergences::dispatch(numbers, [](const auto&) {}))
+        throw py::value_error("kd_rows: no functor has these numbers");
     if (p.dz.data != p.z.data) expect_large_pages(p.dz, rows, columns);
     const Kernels& k = kernels();
     run(p, columns * 8, threads, k.kd_scratch(p), k.kd_row);

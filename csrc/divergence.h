@@ -57,7 +57,7 @@ FASTKD_HD LogMixture log_mixture(float d, float p_t, float p_s, float w) {
     const float ratio = own + other * exp_minus;  // m over the larger probability
     const float log_ratio = log1p(other * expm1_minus, ratio);
     return {teacher_larger ? log_ratio : log_ratio - d, teacher_larger ? log_ratio + d : log_ratio,
-            (teacher_larger ? exp_minus : 1.0f) / ratio};
+            divide(teacher_larger ? exp_minus : 1.0f, ratio)};
 }
 
 template <bool kTeacherTerm, bool kStudentTerm, Mix kMix>

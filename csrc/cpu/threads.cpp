@@ -7,6 +7,8 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 namespace fastkd {
@@ -35,6 +37,7 @@ struct Job {
     void (*row)(const void*, int64_t, float*);
     std::atomic<int64_t> next{0};
 
+    // Throws std::bad_alloc before it takes a row.
     void work() {
         float* scratch = scratch_of(scratch_floats);
         for (int64_t first; (first = next.fetch_add(run, std::memory_order_relaxed)) < rows;)
@@ -49,13 +52,17 @@ class Pool {
     void run(Job& job, int helpers) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            for (; started_ < helpers; ++started_) std::thread(&Pool::serve, this, started_).detach();
+            try {
+                for (; started_ < helpers; ++started_) std::thread(&Pool::serve, this, started_).detach();
+            } catch (const std::system_error&) {  // no more threads to be had: fewer do it
+                helpers = started_;
+            }
             job_ = &job;
             helpers_ = busy_ = helpers;
             ++calls_;
         }
         wake_.notify_all();
-        job.work();
+        job.work();  // throws nothing: the scratch is there
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [this] { return busy_ == 0; });
     }
@@ -70,7 +77,10 @@ class Pool {
             if (index >= helpers_) continue;
             Job& job = *job_;
             lock.unlock();
-            job.work();
+            try {
+                job.work();
+            } catch (const std::bad_alloc&) {  // the others take its rows
+            }
             lock.lock();
             if (--busy_ == 0) done_.notify_one();
         }
@@ -105,6 +115,7 @@ void parallel_rows(int64_t rows, int64_t row_bytes, int threads, int64_t scratch
     const int64_t wanted = at_most(at_most(threads, rows), rows * row_bytes / kBytesPerThread);
     const int64_t run = kBytesPerRun / (row_bytes + 1) + 1;
     Job job{rows, run, scratch_floats, context, row};
+    scratch_of(scratch_floats);  // what it throws, it throws before other threads know of the job
     if (wanted > 1) {
         Pool& shared = pool();
         std::unique_lock<std::mutex> lock(shared.in_use, std::try_to_lock);

@@ -33,10 +33,18 @@ std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t 
     return launch_scale(p, pointer<const float>(scalar), reinterpret_cast<cudaStream_t>(stream));
 }
 
+// For a test: the grid that a device with these limits gives, as (resident, cluster, threads, bytes of shared memory).
+py::tuple plan_for(int major, int block_shared, int sm_shared, int reserved_shared, int64_t vectors, int tensors) {
+    const Plan grid = plan({major, block_shared, sm_shared, reserved_shared}, vectors, tensors);
+    return py::make_tuple(grid.resident, grid.cluster, grid.threads, grid.shared);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.def("kd_rows", &kd_rows);
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);
+    m.def("supports_device", &supports_device);
+    m.def("plan", &plan_for);
 }

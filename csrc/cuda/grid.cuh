@@ -10,8 +10,8 @@
 
 #define FASTKD_D __device__ __forceinline__
 #define FASTKD_KERNEL __global__
-// Three blocks an SM, so that one's loads overlap another's arithmetic: 80 registers a thread.
-#define FASTKD_BOUNDS __launch_bounds__(256, 3)
+// So many blocks an SM, so that one's loads overlap another's arithmetic: 3 leave a thread 80 registers, 2 leave 128.
+#define FASTKD_BOUNDS(blocks) __launch_bounds__(256, blocks)
 
 namespace fastkd {
 
@@ -36,6 +36,13 @@ FASTKD_D int cluster_size() {
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
 #endif
     return static_cast<int>(size);
+}
+
+// The first half of the barrier that a kernel begins with, before anything is written.
+FASTKD_D void cluster_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
 }
 
 // Barrier over the cluster in two halves: what the arriving threads wrote, to shared memory anywhere in the cluster,

@@ -170,7 +170,7 @@ FASTKD_D float normalise(RowNumbers& row, const RowState& state, float z_y, floa
 }
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Functor functor) {
+FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 : 3) kd_rows_kernel(const KDRowsParams p, const Functor functor) {
     FASTKD_SHARED(Slots<7>, state_slots);
     FASTKD_SHARED(Slots<2>, sum_slots);
     constexpr Moment kMoment = Functor::kMoment;
@@ -190,7 +190,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
         if (dz_data) store_zeros(dz_data, 0, p.columns, rank, threads);
         return;
     }
-    cluster_arrive();
+    cluster_start();
 
     const T* z_data = reinterpret_cast<const T*>(p.z.row(index, p.inner_rows));
     const T* u_data = kSoft ? reinterpret_cast<const T*>(p.u.row(index, p.inner_rows)) : nullptr;
@@ -211,8 +211,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS kd_rows_kernel(const KDRowsParams p, const Func
     const int label_index = reader.index_of(valid ? row.label : n + kColumns);
     const int label_first = reader.column(label_index);
     const bool walks_label = reader.walks(label_index);
-    // Before anyone writes over it.
-    const float z_y = valid ? to_float(z_data[label]) : kNaN;
+    // Before anyone writes over it; from statistics only the one that will needs it.
+    const float z_y = valid && (walks_label || !p.from_stats) ? to_float(z_data[label]) : kNaN;
     row.anchor = shift_of(z_y);
     float* stats = p.stats + index * kNumStats;
 

@@ -11,16 +11,15 @@ std::string launch_kd_rows(const KDRowsParams& params, cudaStream_t stream) {
     const auto run = [&](const auto& functor, auto soft) {
         using Functor = std::decay_t<decltype(functor)>;
         constexpr bool kSoft = decltype(soft)::value;
-        const Plan stream_plan = {false, 1, kMaxThreads, 0};
+        const void* resident = reinterpret_cast<const void*>(kd_rows_kernel<T, Functor, kSoft, true>);
+        const void* streaming = reinterpret_cast<const void*>(kd_rows_kernel<T, Functor, kSoft, false>);
         // One vector more than the columns need, for a row that starts off a boundary.
         const int64_t vectors = params.n / Vec<T>::kColumns + 2;
-        const Plan grid = params.from_stats ? stream_plan : plan(vectors, kSoft ? 2 : 1);
-        const void* kernel = grid.resident ? reinterpret_cast<const void*>(kd_rows_kernel<T, Functor, kSoft, true>)
-                                           : reinterpret_cast<const void*>(kd_rows_kernel<T, Functor, kSoft, false>);
         KDRowsParams p = params;
         Functor f = functor;
         void* arguments[] = {&p, &f};
-        return launch("kd_rows", kernel, grid, p.rows, p.columns, arguments, stream);
+        return launch("kd_rows", {params.from_stats ? nullptr : resident, streaming}, vectors, kSoft ? 2 : 1, p.rows,
+                      p.columns, arguments, stream);
     };
     const Numbers numbers{static_cast<Formula>(params.formula), params.c_t, params.c_s, params.w};
     if (!params.u.data) return run(NoSoftTerm{numbers}, std::false_type{});

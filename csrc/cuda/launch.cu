@@ -1,6 +1,10 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <climits>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "grid.cuh"
 
@@ -8,57 +12,111 @@ namespace fastkd {
 
 namespace {
 
-// Shared memory of a block: at least two blocks an SM (227 KB on sm_90), so that one's loads overlap the other's
-// arithmetic; a cluster of 16, the largest there is, may take all of it. Static slots need 5 KB.
-constexpr size_t kStaticBytes = 5 << 10;
-constexpr size_t kSharedOfTwo = 104 << 10;
+// Static shared memory of the largest kernel; a test compares.
+constexpr int kStaticBytes = 5 << 10;
 
-}  // namespace
-
-Plan plan(int64_t vectors, int tensors) {
-    int device = 0, major = 0, most = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (status != cudaSuccess) return {false, 1, kMaxThreads, 0, status};
-    for (int cluster = 1; cluster <= (major >= 9 ? 16 : 1); cluster *= 2) {
-        const int64_t share = (vectors + cluster - 1) / cluster;
-        const size_t shared = static_cast<size_t>(share) * 16 * tensors;
-        const size_t limit = cluster == 16 ? most - kStaticBytes : std::min(kSharedOfTwo, most - kStaticBytes);
-        if (shared <= limit) {
-            const int64_t threads = (share + 31) / 32 * 32;
-            return {true, cluster, static_cast<int>(std::min<int64_t>(threads, kMaxThreads)), shared};
-        }
+cudaError_t read_limits(int device, Limits& limits) {
+    const std::pair<cudaDeviceAttr, int*> wanted[] = {
+        {cudaDevAttrComputeCapabilityMajor, &limits.major},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits.block_shared},
+        {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits.sm_shared},
+        {cudaDevAttrReservedSharedMemoryPerBlock, &limits.reserved_shared},
+    };
+    for (const auto& [attribute, value] : wanted) {
+        const cudaError_t status = cudaDeviceGetAttribute(value, attribute, device);
+        if (status != cudaSuccess) return status;
     }
-    return {false, 1, kMaxThreads, 0};
+    return cudaSuccess;
 }
 
-std::string launch(const char* name, const void* kernel, const Plan& plan, int64_t rows, int64_t columns,
-                   void** arguments, cudaStream_t stream) {
-    cudaError_t status = plan.status;
-    if (status == cudaSuccess && plan.shared > (48 << 10)) {
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared);
-    }
-    if (status == cudaSuccess && plan.cluster > 8) {
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    if (status == cudaSuccess) {
-        cudaLaunchAttribute cluster;
+// Holds what a launch refers to.
+struct Config {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute cluster;
+
+    Config(const Plan& plan, int64_t rows, cudaStream_t stream) {
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-        cudaLaunchConfig_t config = {};
         config.gridDim = dim3(static_cast<unsigned>(rows * plan.cluster));
         config.blockDim = dim3(plan.threads);
         config.dynamicSmemBytes = plan.shared;
         config.stream = stream;
         config.attrs = &cluster;
         config.numAttrs = plan.cluster > 1 ? 1 : 0;
-        status = cudaLaunchKernelExC(&config, kernel, arguments);
+    }
+    Config(const Config&) = delete;
+};
+
+// Opts a kernel in to its shared memory and cluster. Sets ``fits`` to whether the device can hold one such cluster: its
+// SMs, or the part of them that this process was given, may be too few.
+cudaError_t prepare(const void* kernel, const Plan& plan, const Limits& limits, bool& fits) {
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              limits.block_shared - kStaticBytes);
+    if (status == cudaSuccess && plan.cluster > 8)
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (status != cudaSuccess || plan.cluster == 1) return status;
+    int clusters = 0;
+    const Config one(plan, 1, nullptr);
+    status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &one.config);
+    fits = clusters > 0;
+    return status;
+}
+
+// The plan for this kernel on the current device, prepared once.
+cudaError_t prepared_plan(const void* resident, int64_t vectors, int tensors, Plan& chosen) {
+    static std::mutex mutex;
+    static std::map<std::tuple<int, const void*, int64_t>, Plan> known;
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto [entry, fresh] = known.try_emplace({device, resident, vectors}, chosen);
+    if (fresh) {
+        Limits limits;
+        bool fits = true;
+        status = read_limits(device, limits);
+        if (status == cudaSuccess) entry->second = plan(limits, vectors, tensors);
+        if (status == cudaSuccess && entry->second.resident) status = prepare(resident, entry->second, limits, fits);
+        if (!fits) entry->second = chosen;
+        if (status != cudaSuccess) known.erase(entry);
+    }
+    if (status == cudaSuccess) chosen = entry->second;
+    return status;
+}
+
+}  // namespace
+
+// Blocks of a size that leaves room for two on an SM, so that one's loads overlap the other's arithmetic; a cluster of
+// 16, the largest there is, may take all of it.
+Plan plan(const Limits& limits, int64_t vectors, int tensors) {
+    const int64_t most = limits.block_shared - kStaticBytes;
+    const int64_t half = std::min<int64_t>(most, limits.sm_shared / 2 - limits.reserved_shared - kStaticBytes);
+    for (int cluster = 1; cluster <= (limits.major >= 9 ? kMaxCluster : 1); cluster *= 2) {
+        const int64_t share = (vectors + cluster - 1) / cluster;
+        const int64_t shared = share * 16 * tensors;
+        if (shared <= (cluster == kMaxCluster ? most : half)) {
+            const int64_t threads = (share + kWarp - 1) / kWarp * kWarp;
+            return {true, cluster, static_cast<int>(std::min<int64_t>(threads, kMaxThreads)), shared};
+        }
+    }
+    return {false, 1, kMaxThreads, 0};
+}
+
+std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
+                   void** arguments, cudaStream_t stream) {
+    Plan grid = {false, 1, kMaxThreads, 0};
+    cudaError_t status = cudaSuccess;
+    if (kernels.resident) status = prepared_plan(kernels.resident, vectors, tensors, grid);
+    if (rows * grid.cluster > INT_MAX || columns > INT_MAX / 2) status = cudaErrorInvalidConfiguration;
+    if (status == cudaSuccess) {
+        const void* kernel = grid.resident ? kernels.resident : kernels.streaming;
+        const Config all(grid, rows, stream);
+        status = cudaLaunchKernelExC(&all.config, kernel, arguments);
     }
     if (status == cudaSuccess) return {};
     return std::string(name) + " on " + std::to_string(rows) + " x " + std::to_string(columns) + " (cluster of " +
-           std::to_string(plan.cluster) + ", " + std::to_string(plan.threads) + " threads, " +
-           std::to_string(plan.shared) + " bytes of shared memory): " + cudaGetErrorString(status);
+           std::to_string(grid.cluster) + ", " + std::to_string(grid.threads) + " threads, " +
+           std::to_string(grid.shared) + " bytes of shared memory): " + cudaGetErrorString(status);
 }
 
 }  // namespace fastkd

@@ -9,20 +9,33 @@
 
 namespace fastkd {
 
-// What one kernel instantiation needs to be launched on rows of ``vectors`` 16-byte vectors in ``tensors`` tensors.
+// What of a device decides a grid; sizes in bytes.
+struct Limits {
+    int major;                                     // of its compute capability
+    int block_shared, sm_shared, reserved_shared;  // shared memory: the most of a block, of an SM, CUDA's own of a block
+};
+
 struct Plan {
     bool resident;
     int cluster, threads;
-    size_t shared;
-    cudaError_t status = cudaSuccess;  // of asking the device; launch reports it
+    int64_t shared;  // bytes, dynamic
 };
 
-// The grid by row size: the only such table.
-Plan plan(int64_t vectors, int tensors);
+// The grid for rows of ``vectors`` 16-byte vectors in ``tensors`` tensors: the only such table.
+Plan plan(const Limits& limits, int64_t vectors, int tensors);
 
-// Launches kernel(arguments) on ``rows`` clusters. ``name`` and the sizes go into the error's text.
-std::string launch(const char* name, const void* kernel, const Plan& plan, int64_t rows, int64_t columns,
+// The two instantiations of a kernel. A null ``resident`` is one that nothing is kept for.
+struct Kernels {
+    const void *resident, *streaming;
+};
+
+// Launches the kernel on ``rows`` rows: the resident one if the device can hold the clusters of its plan. ``name`` and
+// the sizes go into the error's text.
+std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
                    void** arguments, cudaStream_t stream);
+
+// Whether the current device can run what was compiled.
+std::string supports_device();
 
 // One translation unit a dtype instantiates the row kernels.
 template <class T>

@@ -10,7 +10,13 @@ namespace {
 // visit(T{}) with the element type of a dtype.
 template <class Visit>
 std::string with_type(DType dtype, Visit&& visit) {
-    return dtype == DType::kBFloat16 ? visit(bfloat16{}) : dtype == DType::kFloat16 ? visit(float16{}) : visit(0.0f);
+    switch (dtype) {
+        case DType::kFloat32: return visit(0.0f);
+        case DType::kBFloat16: return visit(bfloat16{});
+        case DType::kFloat16: return visit(float16{});
+        case DType::kFloat64: break;
+    }
+    return "no kernel has this dtype";
 }
 
 }  // namespace
@@ -19,22 +25,19 @@ std::string launch_log_softmax(const LogSoftmaxParams& params, cudaStream_t stre
     LogSoftmaxParams p = params;
     void* arguments[] = {&p};
     const bool backward = p.dy.data != nullptr;
+    const auto run = [&](const char* name, auto resident, auto streaming, int columns) {
+        const Kernels kernels = {reinterpret_cast<const void*>(resident), reinterpret_cast<const void*>(streaming)};
+        return launch(name, kernels, p.columns / columns + 2, 1, p.rows, p.columns, arguments, stream);
+    };
     return with_type(p.x.dtype, [&](auto x) {
         return with_type(backward ? p.dy.dtype : p.out.dtype, [&](auto other) {
             using T = decltype(x);
             using Out = decltype(other);
-            if (backward) {
-                const Plan grid = plan(p.columns / Vec<Out>::kColumns + 2, 1);
-                const auto kernel = grid.resident ? &log_softmax_backward_kernel<T, Out, true>
-                                                  : &log_softmax_backward_kernel<T, Out, false>;
-                return launch("log_softmax_backward", reinterpret_cast<const void*>(kernel), grid, p.rows, p.columns,
-                              arguments, stream);
-            }
-            const Plan grid = plan(p.columns / Vec<T>::kColumns + 2, 1);
-            const auto kernel =
-                grid.resident ? &log_softmax_kernel<T, Out, true> : &log_softmax_kernel<T, Out, false>;
-            return launch("log_softmax", reinterpret_cast<const void*>(kernel), grid, p.rows, p.columns, arguments,
-                          stream);
+            if (backward)
+                return run("log_softmax_backward", log_softmax_backward_kernel<T, Out, true>,
+                           log_softmax_backward_kernel<T, Out, false>, Vec<Out>::kColumns);
+            return run("log_softmax", log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>,
+                       Vec<T>::kColumns);
         });
     });
 }
@@ -43,10 +46,15 @@ std::string launch_scale(const ScaleParams& params, const float* scalar, cudaStr
     ScaleParams p = params;
     void* arguments[] = {&p, &scalar};
     return with_type(p.x.dtype, [&](auto x) {
-        const Plan grid = {false, 1, kMaxThreads, 0};
-        return launch("scale", reinterpret_cast<const void*>(&scale_kernel<decltype(x)>), grid, p.rows, p.columns,
-                      arguments, stream);
+        const Kernels kernels = {nullptr, reinterpret_cast<const void*>(scale_kernel<decltype(x)>)};
+        return launch("scale", kernels, 0, 1, p.rows, p.columns, arguments, stream);
     });
+}
+
+std::string supports_device() {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_kernel<float>));
+    return status == cudaSuccess ? "" : cudaGetErrorString(status);
 }
 
 }  // namespace fastkd

@@ -18,9 +18,9 @@
 namespace fastkd {
 
 template <class T, class Out, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_kernel(const LogSoftmaxParams p) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p) {
     FASTKD_SHARED(Slots<2>, slots);
-    cluster_arrive();
+    cluster_start();
     const int64_t index = block_rank() / cluster_size();
     const int n = static_cast<int>(p.columns);
     const T* x_row = reinterpret_cast<const T*>(p.x.row(index, p.inner_rows));
@@ -64,9 +64,9 @@ FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_kernel(const LogSoftmaxParams p) {
 }
 
 template <class T, class Out, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS log_softmax_backward_kernel(const LogSoftmaxParams p) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmaxParams p) {
     FASTKD_SHARED(Slots<1>, slots);
-    cluster_arrive();
+    cluster_start();
     const int64_t index = block_rank() / cluster_size();
     const int n = static_cast<int>(p.columns);
     const Out* dy_row = reinterpret_cast<const Out*>(p.dy.row(index, p.inner_rows));

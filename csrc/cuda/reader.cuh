@@ -52,12 +52,15 @@ struct RowReader {
     // visit(first column, x, y) of one vector.
     template <class Visit>
     FASTKD_D void at(int index, Visit&& visit) const {
+        Vec<T> x_vec, y_vec;
         if constexpr (kResident) {
-            visit(column(index), x_kept[index - begin], y_kept[kPair ? index - begin : 0]);
+            x_vec.words = x_kept[index - begin].words;
+            if constexpr (kPair) y_vec.words = y_kept[index - begin].words;
         } else {
-            const Vec<T> vec = load(x, column(index));
-            visit(column(index), vec, kPair ? load(y, column(index)) : vec);
+            x_vec = load(x, column(index));
+            if constexpr (kPair) y_vec = load(y, column(index));
         }
+        visit(column(index), x_vec, y_vec);
     }
 
     // The same of every vector, forwards, or backwards so that the row's end is still in cache.

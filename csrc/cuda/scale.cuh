@@ -12,7 +12,7 @@
 namespace fastkd {
 
 template <class T>
-FASTKD_KERNEL void FASTKD_BOUNDS scale_kernel(const ScaleParams p, const float* scalar) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) scale_kernel(const ScaleParams p, const float* scalar) {
     const float factor = *scalar;
     if (factor == 1.0f) return;
     T* data = reinterpret_cast<T*>(p.x.row(block_rank(), p.inner_rows));

@@ -11,7 +11,7 @@
 
 namespace fastkd {
 
-struct alignas(16) Words {
+struct __attribute__((may_alias, aligned(16))) Words {
     uint32_t word[4];
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -27,12 +28,22 @@ def unavailable() -> str | None:
 def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
     if logits.device.type != "cuda" or torch.version.hip is not None:
         return "it runs on NVIDIA GPUs"
-    if torch.cuda.get_device_capability(logits.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
+    if why := _unsupported_device(logits.device):
+        return why
     if logits.dtype == torch.float64:
         return "its kernels compute in float32, not in float64"
     if teacher is not None and teacher.dtype != logits.dtype:
         return f"the teacher's logits are {teacher.dtype}, the student's {logits.dtype}; it needs one dtype"
+    return None
+
+
+@functools.cache
+def _unsupported_device(device: torch.device) -> str | None:
+    with torch.cuda.device(device):
+        why = _cuda.supports_device()
+    if why:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"its build has nothing that this GPU (compute capability {major}.{minor}) runs: {why}"
     return None
 
 

@@ -13,7 +13,7 @@
 
 #define FASTKD_D inline
 #define FASTKD_KERNEL inline
-#define FASTKD_BOUNDS
+#define FASTKD_BOUNDS(blocks)
 #define FASTKD_SHARED(type, name) type& name = *reinterpret_cast<type*>(fastkd::simt::shared(__LINE__, sizeof(type)))
 
 namespace fastkd::simt {
@@ -48,6 +48,7 @@ struct Thread {
     int rank, block, threads;
     int64_t grid_block;
     std::optional<std::barrier<>::arrival_token> arrived;
+    std::vector<std::pair<void*, const void*>> copies;  // under way
 };
 inline thread_local Thread self;
 
@@ -73,7 +74,7 @@ void launch(Kernel kernel, int64_t clusters, int size, int threads, size_t dynam
         std::vector<std::thread> all;
         for (int i = 0; i < size * threads; ++i) {
             all.emplace_back([&, i] {
-                self = {&cluster, i % threads, i / threads, threads, index * size + i / threads, std::nullopt};
+                self = {&cluster, i % threads, i / threads, threads, index * size + i / threads, std::nullopt, {}};
                 kernel(arguments...);
             });
         }
@@ -102,6 +103,7 @@ inline float shuffle_xor(float x, int mask) {
 }
 
 inline void cluster_arrive() { simt::self.arrived = simt::self.cluster->barrier.arrive(); }
+inline void cluster_start() { cluster_arrive(); }
 
 inline void cluster_wait() {
     simt::self.cluster->barrier.wait(std::move(*simt::self.arrived));
@@ -113,8 +115,12 @@ inline void store_remote(float* local, int rank, float value) {
     *reinterpret_cast<float*>(simt::memory(rank) + (reinterpret_cast<char*>(local) - own)) = value;
 }
 
-inline void copy_async(void* shared, const void* global) { __builtin_memcpy(shared, global, 16); }
-inline void copy_async_wait() {}
+// Nothing is there before the wait, not even for the thread itself.
+inline void copy_async(void* shared, const void* global) { simt::self.copies.emplace_back(shared, global); }
+inline void copy_async_wait() {
+    for (const auto& [shared, global] : simt::self.copies) __builtin_memcpy(shared, global, 16);
+    simt::self.copies.clear();
+}
 inline char* dynamic_shared() { return simt::memory(simt::self.block) + simt::kStaticBytes; }
 
 }  // namespace fastkd

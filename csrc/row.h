@@ -38,6 +38,9 @@ FASTKD_HD Real moment_of(Real s, Real t, Real x, Real y) {
     return 0;
 }
 
+// Below this a divergence has too few digits if its terms, or what it is averaged from, are good to 1e-7.
+constexpr float kFewDigits = 0.05f;
+
 template <class Real>
 struct Value {
     Real value;
@@ -52,7 +55,7 @@ FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real lo
     const Real value = kMoment == Moment::kTeacherRatio ? mean - log_ratio : mean + log_ratio;
     const Real size = mean < 0 ? -mean : mean;
     // The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
-    bool has_digits = !(value < Real(0.05) + Real(0.02) * size);
+    bool has_digits = !(value < Real(kFewDigits) + Real(0.02) * size);
     // A G of thousands must be rounded as the g are from which it is subtracted.
     if (Functor::kGradSum == GradSum::kFromValue && size > 64) has_digits = false;
     return {functor.weight() * value, has_digits};

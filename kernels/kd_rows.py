@@ -6,11 +6,11 @@ Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft 
         their digits as p_y → 1. Label smoothing ε adds ε·(z_y − mean z) to hard and ε·(1_y − 1/n) to its gradient.
         d = a − b comes from u − z, which is exact where the two are close.
 Stages  1 normalisers, walking forward; 2 sums of term and g; 3 gradient. Stages 2 and 3 walk back, since the row's
-        tail is still in L2. Loss alone is 1 and 2. Loss and gradient is 1 and 3, term summed in 3, where G is known
-        before g (see divergence.py); else it is two launches, 1 and 2, then 3 from the statistics.
+        tail is still in L2. S comes with stage 1 where a mean of d gives it (MOMENT), and stage 2 is left out; where
+        that mean has not the digits, or G is not known otherwise, stage 2 sums both.
 Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 7] fp32.
-Bytes   an element, e bytes wide: loss 4e (two walks over two tensors); gradient from statistics 3e; loss and gradient
-        5e, or 7e in two launches. The floors are 2e, 3e and 3e: a row of both tensors does not fit in one SM.
+Bytes   an element, e bytes wide: loss 2e; loss and gradient 5e; 2e more with stage 2; gradient from statistics 3e.
+        The floors are 2e, 3e and 3e: a row of both tensors does not fit in one SM.
 Grid    one program a row, BLOCK columns a step. A row whose scales are 0 is not read.
 """
 
@@ -18,23 +18,32 @@ import triton
 import triton.language as tl
 
 from fastkd import _request
-from fastkd._request import Rows, RowSpec
+from fastkd._request import Mix, Rows, RowSpec
+from fastkd.kernels import divergence
 from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
-from fastkd.kernels.divergence import FUNCTORS, GRAD_SUM_CONSTANT, GRAD_SUM_ONLINE, GRAD_SUM_WALK, grad_sum_rule
+from fastkd.kernels.divergence import moment_rule, mul0, term_and_g
 from fastkd.kernels.lse import (
     LN_2,
     LOG2_E,
     align,
+    columns_of,
+    inside,
     load_tile,
     new_peak,
     row_start,
+    shift_of,
     store_tile,
     tile_at,
     tile_range,
 )
 
-_CONSTANT = tl.constexpr(GRAD_SUM_CONSTANT)
-_ONLINE = tl.constexpr(GRAD_SUM_ONLINE)
+# Below this a divergence has too few digits if its terms, or what it is averaged from, are good to 1e-7.
+FEW_DIGITS = tl.constexpr(0.05)
+MIXTURE_KL = tl.constexpr(int(_request.Formula.MIXTURE_KL))
+NONE = tl.constexpr(divergence.MOMENT_NONE)
+TEACHER_RATIO = tl.constexpr(divergence.MOMENT_TEACHER_RATIO)
+STUDENT_RATIO = tl.constexpr(divergence.MOMENT_STUDENT_RATIO)
+TEACHER_LOG = tl.constexpr(divergence.MOMENT_TEACHER_LOG)
 PEAK_STUDENT = tl.constexpr(_request.PEAK_STUDENT)
 PEAK_TEACHER = tl.constexpr(_request.PEAK_TEACHER)
 LOG_HARD = tl.constexpr(_request.LOG_HARD)
@@ -45,18 +54,22 @@ LABEL_REST = tl.constexpr(_request.LABEL_REST)
 NUM_STATS = tl.constexpr(_request.NUM_STATS)
 
 
-@triton.jit
+# What varies from call to call must not compile the kernel again.
+@triton.jit(
+    do_not_specialize=["inner_rows"],
+    do_not_specialize_on_alignment=["y_ptr", "hard_scale_ptr", "soft_scale_ptr", "hard_ptr", "soft_ptr", "stats_ptr"],
+)
 def kd_rows_kernel(
     z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, hard_ptr, soft_ptr, stats_ptr, dz_ptr,
     inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
     n, columns, temperature, c_t, c_s, w, smoothing,
-    DIVERGENCE: tl.constexpr, MIX: tl.constexpr, GRAD_SUM_RULE: tl.constexpr, POWER: tl.constexpr,
-    SMOOTH: tl.constexpr, FROM_STATS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr,
+    FROM_STATS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     HARD: tl.constexpr = y_ptr is not None
     SOFT: tl.constexpr = u_ptr is not None
     GRAD: tl.constexpr = dz_ptr is not None
-    ONLINE: tl.constexpr = (SOFT and GRAD) and (not FROM_STATS and GRAD_SUM_RULE == _ONLINE)
+    LANES: tl.constexpr = BLOCK // VEC
 
     row = tl.program_id(0)
     hard_scale = 0.0
@@ -88,12 +101,13 @@ def kd_rows_kernel(
         label = tl.load(y_ptr + row)
         y = tl.where((label >= 0) & (label < n), label, -1).to(tl.int32)
 
-    # Stage 1. The peaks; log₂ normalisers of z, z/T, u/T, relative to them; 1 − p_y; G if it is averaged.
+    # The peaks; log₂ normalisers of z, z/T, u/T, relative to them; of d = (u − z)/T − shift; G; 1 − p_y.
     z_shift = 0.0
     u_shift = 0.0
     lse_h = 0.0
     lse_s = 0.0
     lse_t = 0.0
+    shift = 0.0
     grad_sum = -c_t
     rest = 0.0
     if FROM_STATS:
@@ -103,99 +117,139 @@ def kd_rows_kernel(
             rest = tl.load(stats_ptr + LABEL_REST)
         if SOFT:
             u_shift = tl.load(stats_ptr + PEAK_TEACHER)
-            lse_s = tl.load(stats_ptr + LOG_STUDENT) * LOG2_E
-            lse_t = tl.load(stats_ptr + LOG_TEACHER) * LOG2_E
+            log_s = tl.load(stats_ptr + LOG_STUDENT)
+            log_t = tl.load(stats_ptr + LOG_TEACHER)
+            lse_s = log_s * LOG2_E
+            lse_t = log_t * LOG2_E
+            shift = (u_shift - z_shift) * inv_t + (log_t - log_s)
             grad_sum = tl.load(stats_ptr + GRAD_SUM)
     else:
-        z_peak = -float("inf")
-        u_peak = -float("inf")
-        sum_h = tl.zeros([BLOCK], tl.float32)  # Σ exp(z − peak), the label's column apart
-        sum_s = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T)
-        sum_t = tl.zeros([BLOCK], tl.float32)  # Σ exp((u − peak)/T)
-        sum_z = tl.zeros([BLOCK], tl.float32)  # Σ z − z_y
-        sum_diff = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T)·(z − u)
-        sum_hole = tl.zeros([BLOCK], tl.float32)  # Σ exp((z − peak)/T) where u is −inf
+        # Stage 1, a state a lane.
+        z_peak = tl.full([LANES], -float("inf"), tl.float32)
+        u_peak = tl.full([LANES], -float("inf"), tl.float32)
+        sum_h = tl.zeros([LANES], tl.float32)  # Σ exp(z − peak), the label's column apart
+        sum_s = tl.zeros([LANES], tl.float32)  # Σ exp((z − peak)/T)
+        sum_t = tl.zeros([LANES], tl.float32)  # Σ exp((u − peak)/T)
+        moment = tl.zeros([LANES], tl.float32)
+        sum_z = tl.zeros([LANES], tl.float32)  # Σ z − anchor
         if SMOOTH:  # far from 0 a sum of z would have no digits left
-            anchor = tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32)
-            anchor = tl.where(anchor == -float("inf"), 0.0, anchor)
+            anchor = shift_of(tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32))
         for masked in tl.static_range(2):
             first, end = tile_range(length, BLOCK, PEEL, masked)
             for i in tl.range(first, end):
                 tile = tile_at(i, first, end, length, BLOCK, masked, False)
-                cols, z = load_tile(z_ptr, tile, head, n, BLOCK, masked)
-                old = z_peak
-                z_peak, z_shift = new_peak(old, z)
+                z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, masked)
                 if SOFT:
-                    u = load_tile(u_ptr, tile, head, n, BLOCK, masked)[1]
-                    rescale = tl.exp2((old - z_shift) * k)
-                    e = tl.exp2((z - z_shift) * k)
-                    sum_s = sum_s * rescale + e
-                    if ONLINE:
-                        hole = u == -float("inf")
-                        sum_diff = sum_diff * rescale + tl.where(hole | (e == 0.0), 0.0, e * (z - u))
-                        sum_hole = sum_hole * rescale + tl.where(hole, e, 0.0)
-                    u_old = u_peak
-                    u_peak, u_shift = new_peak(u_old, u)
-                    sum_t = sum_t * tl.exp2((u_old - u_shift) * k) + tl.exp2((u - u_shift) * k)
+                    u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked)
+                old_z = z_peak
+                z_peak, z_ref = new_peak(old_z, z)
+                z_drop = old_z - z_ref
+                x = z - z_ref[:, None]
+                if SOFT:
+                    old_u = u_peak
+                    u_peak, u_ref = new_peak(old_u, u)
+                    u_drop = old_u - u_ref
+                    by_s = tl.exp2(z_drop * k)
+                    by_t = tl.exp2(u_drop * k)
+                    s = tl.exp2(x * k)
+                    v = u - u_ref[:, None]
+                    t = tl.exp2(v * k)
+                    moment = rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT)
+                    moment += tl.sum(moment_of(s, t, x, v, MOMENT), 1)
+                    sum_s = sum_s * by_s + tl.sum(s, 1)
+                    sum_t = sum_t * by_t + tl.sum(t, 1)
                 if HARD:
                     if SOFT and POWER > 0:
-                        rescale_h = integer_power(rescale, POWER)
-                        e_h = integer_power(e, POWER)
+                        by_h = integer_power(by_s, POWER)
+                        h = integer_power(s, POWER)
                     else:
-                        rescale_h = tl.exp2((old - z_shift) * LOG2_E)
-                        e_h = tl.exp2((z - z_shift) * LOG2_E)
-                    sum_h = sum_h * rescale_h + tl.where(cols == y, 0.0, e_h)
+                        by_h = tl.exp2(z_drop * LOG2_E)
+                        h = tl.exp2(x * LOG2_E)
+                    is_label = columns_of(BLOCK, VEC) == y + head - tile
+                    sum_h = sum_h * by_h + tl.sum(tl.where(is_label, 0.0, h), 1)
                 if SMOOTH:
-                    sum_z += tl.where((cols >= 0) & (cols < n), z - anchor, 0.0)
+                    sum_z += tl.sum(tl.where(inside(tile, head, length, BLOCK, VEC), z - anchor, 0.0), 1)
 
+        # The row's, from its lanes'.
+        z_shift = shift_of(tl.max(z_peak, 0))
+        z_drop = z_peak - z_shift
         tl.store(stats_ptr + PEAK_STUDENT, z_shift)
         if HARD:
             z_y = tl.where(y >= 0, tl.load(z_ptr + head + tl.maximum(y, 0)).to(tl.float32), float("nan"))
-            log_others = tl.log(tl.sum(sum_h, 0))
-            t = (z_shift - z_y) + log_others
-            small = tl.exp2(-tl.abs(t) * LOG2_E)
-            hard = tl.where(t != t, t, tl.maximum(t, 0.0) + log1p(small))  # softplus; max() may drop a NaN
-            rest = tl.where(t > 0.0, 1.0, small) / (1.0 + small)  # sigmoid
-            lse_h = (tl.where(t > 0.0, log_others, z_y - z_shift) + log1p(small)) * LOG2_E
+            log_others = tl.log(tl.sum(sum_h * tl.exp2(z_drop * LOG2_E), 0))
+            t_y = (z_shift - z_y) + log_others
+            small = tl.exp2(-tl.abs(t_y) * LOG2_E)
+            hard = tl.where(t_y != t_y, t_y, tl.maximum(t_y, 0.0) + log1p(small))  # softplus; max() may drop a NaN
+            rest = tl.where(t_y > 0.0, 1.0, small) / (1.0 + small)  # sigmoid
+            lse_h = (tl.where(t_y > 0.0, log_others, z_y - z_shift) + log1p(small)) * LOG2_E
             if SMOOTH:
                 hard -= smoothing * (tl.sum(sum_z, 0) / n)
             tl.store(hard_ptr + row, hard)
-            tl.store(stats_ptr + LOG_HARD, lse_h * LN_2)
-            tl.store(stats_ptr + LABEL_REST, rest)
         else:
             tl.store(hard_ptr + row, 0.0)
-            tl.store(stats_ptr + LOG_HARD, 0.0)
-            tl.store(stats_ptr + LABEL_REST, 0.0)
+        tl.store(stats_ptr + LOG_HARD, lse_h * LN_2)
+        tl.store(stats_ptr + LABEL_REST, rest)
+        soft = 0.0
         if SOFT:
-            total = tl.sum(sum_s, 0)
-            lse_s = tl.log2(total)
-            lse_t = tl.log2(tl.sum(sum_t, 0))
-            tl.store(stats_ptr + PEAK_TEACHER, u_shift)
-            tl.store(stats_ptr + LOG_STUDENT, lse_s * LN_2)
-            tl.store(stats_ptr + LOG_TEACHER, lse_t * LN_2)
-            if ONLINE:
-                mean = (tl.sum(sum_diff, 0) / total + (u_shift - z_shift)) * inv_t + (lse_t - lse_s) * LN_2
-                grad_sum = tl.where(tl.sum(sum_hole, 0) > 0.0, float("inf"), c_s * (1.0 + mean))
+            u_shift = shift_of(tl.max(u_peak, 0))
+            u_drop = u_peak - u_shift
+            by_s = tl.exp2(z_drop * k)
+            by_t = tl.exp2(u_drop * k)
+            moment = rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT)
+            total_s = tl.sum(sum_s * by_s, 0)
+            total_t = tl.sum(sum_t * by_t, 0)
+            lse_s = tl.log2(total_s)
+            lse_t = tl.log2(total_t)
+            log_ratio = tl.log(total_t / total_s)
+            shift = (u_shift - z_shift) * inv_t + log_ratio
+            has_digits = False
+            if MOMENT == TEACHER_LOG:
+                soft = lse_s * LN_2 - tl.sum(moment, 0) / total_t * inv_t
+                has_digits = True
+            elif MOMENT != NONE:
+                if MOMENT == TEACHER_RATIO:
+                    mean = tl.sum(moment, 0) / total_t * inv_t
+                    value = mean - log_ratio
+                    soft = c_t * value
+                else:
+                    mean = tl.sum(moment, 0) / total_s * inv_t
+                    value = mean + log_ratio
+                    soft = c_s * value
+                    grad_sum = c_s + soft
+                # The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
+                has_digits = (value < FEW_DIGITS + 0.02 * tl.abs(mean)) == 0
+                if MOMENT == STUDENT_RATIO:  # a G of thousands must be rounded as the g are from which it is subtracted
+                    has_digits = has_digits & ((tl.abs(mean) > 64.0) == 0)
 
-    shift_d = (u_shift - z_shift) * inv_t + (lse_t - lse_s) * LN_2  # d = (u − z)/T − shift_d
-    sum_term = tl.zeros([BLOCK], tl.float32)
-
-    # Stage 2
-    if SOFT and not GRAD:
-        sum_g = tl.zeros([BLOCK], tl.float32)
-        for step in tl.static_range(2):
-            first, end = tile_range(length, BLOCK, PEEL, 1 - step)
-            for i in tl.range(first, end):
-                tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-                z = load_tile(z_ptr, tile, head, n, BLOCK, 1 - step)[1]
-                u = load_tile(u_ptr, tile, head, n, BLOCK, 1 - step)[1]
-                term, g, p_s = evaluate(
-                    z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift_d, c_t, c_s, w, DIVERGENCE, MIX
-                )
-                sum_term += term
-                sum_g += g
-        if GRAD_SUM_RULE != _CONSTANT:
-            grad_sum = tl.sum(sum_g, 0)
+            # Stage 2; FORMULA 0 is the one whose terms lose digits near 0, and exact ones do not.
+            for exact in tl.static_range(2):
+                if (MOMENT == NONE or exact) and (FORMULA == MIXTURE_KL or not exact):
+                    if not has_digits:
+                        sum_term = tl.zeros([LANES], tl.float32)
+                        sum_g = tl.zeros([LANES], tl.float32)
+                        for step in tl.static_range(2):
+                            first, end = tile_range(length, BLOCK, PEEL, 1 - step)
+                            for i in tl.range(first, end):
+                                tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
+                                z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+                                u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+                                term, g, p_s = evaluate(
+                                    z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
+                                    FORMULA, MIX, exact,
+                                )  # fmt: skip
+                                sum_term += tl.sum(term, 1)
+                                sum_g += tl.sum(g, 1)
+                        soft = tl.sum(sum_term, 0)
+                        has_digits = (soft < FEW_DIGITS) == 0
+                        if MOMENT == NONE or MOMENT == STUDENT_RATIO:
+                            grad_sum = tl.sum(sum_g, 0)
+            tl.store(soft_ptr + row, tl.where(soft < 0.0, 0.0, soft))
+        else:
+            tl.store(soft_ptr + row, 0.0)
+        tl.store(stats_ptr + PEAK_TEACHER, u_shift)
+        tl.store(stats_ptr + LOG_STUDENT, lse_s * LN_2)
+        tl.store(stats_ptr + LOG_TEACHER, lse_t * LN_2)
+        tl.store(stats_ptr + GRAD_SUM, grad_sum)
 
     # Stage 3
     if GRAD:
@@ -204,54 +258,70 @@ def kd_rows_kernel(
         smooth = 0.0
         if SMOOTH:
             smooth = smoothing / n
-        label_grad = smoothing - smooth - rest
+        label_grad = hard_scale * (smoothing - smooth - rest)
+        power_scale = hard_scale * tl.exp2(POWER * lse_s - lse_h)
         for step in tl.static_range(2):
             first, end = tile_range(length, BLOCK, PEEL, 1 - step)
             for i in tl.range(first, end):
                 tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-                cols, z = load_tile(z_ptr, tile, head, n, BLOCK, 1 - step)
-                dz = tl.zeros([BLOCK], tl.float32)
+                z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+                dz = tl.zeros([LANES, VEC], tl.float32)
                 if SOFT:
-                    u = load_tile(u_ptr, tile, head, n, BLOCK, 1 - step)[1]
+                    u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, 1 - step)
                     term, g, p_s = evaluate(
-                        z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift_d, c_t, c_s, w, DIVERGENCE, MIX
-                    )
-                    if not FROM_STATS:
-                        sum_term += term
-                    # An infinite reverse KL has no gradient; anywhere else G is finite, or the logits hold a NaN.
-                    dz = tl.where(grad_sum == float("inf"), 0.0, soft_factor * (g - p_s * grad_sum))
+                        z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w, FORMULA, MIX,
+                        False,
+                    )  # fmt: skip
+                    dz = soft_factor * (g - p_s * grad_sum)
+                    if MOMENT == STUDENT_RATIO:  # an infinite reverse KL has no gradient
+                        dz = tl.where(grad_sum == float("inf"), 0.0, dz)
                 if HARD:
                     if SOFT and POWER > 0:
-                        p_h = integer_power(p_s, POWER) * tl.exp2(POWER * lse_s - lse_h)
+                        hard_grad = power_scale * integer_power(p_s, POWER)
                     else:
-                        p_h = tl.exp2((z - z_shift) * LOG2_E - lse_h)
-                    dz += hard_scale * tl.where(cols == y, label_grad, p_h - smooth)
-                store_tile(dz_ptr, tile, head, n, dz, BLOCK, 1 - step)
+                        hard_grad = hard_scale * tl.exp2((z - z_shift) * LOG2_E - lse_h)
+                    if SMOOTH:
+                        hard_grad -= hard_scale * smooth
+                    is_label = columns_of(BLOCK, VEC) == y + head - tile
+                    dz += tl.where(is_label, label_grad, hard_grad)
+                store_tile(dz_ptr, tile, head, length, dz, BLOCK, VEC, 1 - step)
         zero_columns(dz_ptr + head, n, columns, BLOCK)
 
-    if not FROM_STATS:
-        if SOFT:
-            tl.store(soft_ptr + row, tl.sum(sum_term, 0))
-            tl.store(stats_ptr + GRAD_SUM, grad_sum)
-        else:
-            tl.store(soft_ptr + row, 0.0)
-            tl.store(stats_ptr + PEAK_TEACHER, 0.0)
-            tl.store(stats_ptr + LOG_STUDENT, 0.0)
-            tl.store(stats_ptr + LOG_TEACHER, 0.0)
-            tl.store(stats_ptr + GRAD_SUM, 0.0)
+
+@triton.jit
+def moment_of(s, t, x, v, MOMENT: tl.constexpr):
+    """What stage 1 averages, of columns or, of a shift of them all, of their sums: s and t are the exponentials of
+    student and teacher, x and v what z and u are above their peaks."""
+    if MOMENT == TEACHER_RATIO:
+        return mul0(t, v - x)
+    elif MOMENT == STUDENT_RATIO:
+        return mul0(s, x - v)
+    elif MOMENT == TEACHER_LOG:
+        return mul0(t, x)
+    else:
+        return tl.zeros_like(s)
+
+
+@triton.jit
+def rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT: tl.constexpr):
+    """The moment relative to new peaks."""
+    by = by_t
+    if MOMENT == STUDENT_RATIO:
+        by = by_s
+    return mul0(by, moment + moment_of(sum_s, sum_t, z_drop, u_drop, MOMENT))
 
 
 @triton.jit
 def evaluate(
-    z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift_d, c_t, c_s, w,
-    DIVERGENCE: tl.constexpr, MIX: tl.constexpr,
+    z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """(term, g, p_s) of a tile."""
     b = (z - z_shift) * k - lse_s
     p_s = tl.exp2(b)
     p_t = tl.exp2((u - u_shift) * k - lse_t)
-    d = tl.where(u == z, 0.0, u - z) * inv_t - shift_d  # u == z: both may be −inf
-    term, g = DIVERGENCE(b * LN_2, d, p_t, p_s, c_t, c_s, w, MIX)
+    d = tl.where(u == z, 0.0, u - z) * inv_t - shift  # u == z: both may be −inf
+    term, g = term_and_g(b * LN_2, d, p_t, p_s, c_t, c_s, w, FORMULA, MIX, EXACT)
     return term, g, p_s
 
 
@@ -282,25 +352,12 @@ def zero_columns(ptr, first, end, BLOCK: tl.constexpr):
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
-    """Losses and statistics, and the gradient unless ``grad`` is None."""
-    if grad is not None and rows.teacher is not None and grad_sum_rule(spec.formula, spec.mix) == GRAD_SUM_WALK:
-        _launch(rows, spec, hard, soft, stats, None, from_stats=False)
-        kd_grad(rows, spec, stats, grad)
-    else:
-        _launch(rows, spec, hard, soft, stats, grad, from_stats=False)
-
-
-def kd_grad(rows: Rows, spec: RowSpec, stats, grad) -> None:
-    """The gradient alone, from statistics."""
-    _launch(rows, spec, None, None, stats, grad, from_stats=True)
-
-
-def _launch(rows: Rows, spec: RowSpec, hard, soft, stats, grad, *, from_stats: bool) -> None:
+    """Losses and statistics, and the gradient unless ``grad`` is None; without ``hard`` the gradient from statistics."""
     z, u, dz = rows.student, rows.teacher, grad
     outer, inner, columns = z.shape
     if outer * inner == 0:
         return
-    matrices = [matrix for matrix in (z, u, dz) if matrix is not None]
+    mix = spec.mix
     # exp(x) = exp(x/T)^T saves an exponential a column at small integer T.
     power = int(spec.temperature) if spec.temperature in (1.0, 2.0, 3.0, 4.0) else 0
     with device_of(z):
@@ -308,7 +365,7 @@ def _launch(rows: Rows, spec: RowSpec, hard, soft, stats, grad, *, from_stats: b
             z, u, rows.labels, rows.hard_scale, rows.soft_scale, hard, soft, stats, dz,
             inner, *row_strides(z), *row_strides(u), *row_strides(dz),
             spec.vocab_size, columns, spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing,
-            DIVERGENCE=FUNCTORS[spec.formula], MIX=int(spec.mix), GRAD_SUM_RULE=grad_sum_rule(spec.formula, spec.mix),
-            POWER=power, SMOOTH=spec.label_smoothing > 0, FROM_STATS=from_stats,
-            **alignment(*matrices), **launch_options(columns),
+            FORMULA=int(spec.formula), MIX=int(mix), MOMENT=moment_rule(spec.formula, mix), POWER=power,
+            SMOOTH=spec.label_smoothing > 0, FROM_STATS=hard is None,
+            **alignment(z, u, dz), **launch_options(columns, heavy=u is not None and mix == Mix.BOTH),
         )  # fmt: skip

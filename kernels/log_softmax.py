@@ -15,16 +15,18 @@ from fastkd.kernels.lse import (
     LN_2,
     LOG2_E,
     align,
+    inside,
     load_tile,
     new_peak,
     row_start,
+    shift_of,
     store_tile,
     tile_at,
     tile_range,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"], do_not_specialize_on_alignment=["lse_ptr"])
 def log_softmax_kernel(
     x_ptr, out_ptr, lse_ptr, inner_rows, x_outer, x_inner, out_outer, out_inner, columns, temperature,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
@@ -38,18 +40,18 @@ def log_softmax_kernel(
     inv_t = 1.0 / temperature
     k = inv_t * LOG2_E
 
-    peak = -float("inf")
-    shift = 0.0
-    total = tl.zeros([BLOCK], tl.float32)
+    peak = tl.full([BLOCK // VEC], -float("inf"), tl.float32)  # a state a lane
+    total = tl.zeros([BLOCK // VEC], tl.float32)
     for masked in tl.static_range(2):
         first, end = tile_range(length, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
             tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            x = load_tile(x_ptr, tile, head, columns, BLOCK, masked)[1]
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked)
             old = peak
-            peak, shift = new_peak(old, x)
-            total = total * tl.exp2((old - shift) * k) + tl.exp2((x - shift) * k)
-    lse = tl.log2(tl.sum(total, 0)) * LN_2
+            peak, ref = new_peak(old, x)
+            total = total * tl.exp2((old - ref) * k) + tl.sum(tl.exp2((x - ref[:, None]) * k), 1)
+    shift = shift_of(tl.max(peak, 0))
+    lse = tl.log2(tl.sum(total * tl.exp2((peak - shift) * k), 0)) * LN_2
     lse_ptr += row.to(tl.int64) * 2
     tl.store(lse_ptr, shift)
     tl.store(lse_ptr + 1, lse)
@@ -58,11 +60,11 @@ def log_softmax_kernel(
         first, end = tile_range(length, BLOCK, PEEL, 1 - step)
         for i in tl.range(first, end):
             tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-            x = load_tile(x_ptr, tile, head, columns, BLOCK, 1 - step)[1]
-            store_tile(out_ptr, tile, head, columns, (x - shift) * inv_t - lse, BLOCK, 1 - step)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+            store_tile(out_ptr, tile, head, length, (x - shift) * inv_t - lse, BLOCK, VEC, 1 - step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"], do_not_specialize_on_alignment=["lse_ptr"])
 def log_softmax_backward_kernel(
     dy_ptr, x_ptr, lse_ptr, dx_ptr, inner_rows, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, columns,
     temperature, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
@@ -78,15 +80,15 @@ def log_softmax_backward_kernel(
     inv_t = 1.0 / temperature
     k = inv_t * LOG2_E
 
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK // VEC], tl.float32)
     for masked in tl.static_range(2):
         first, end = tile_range(length, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
             tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            cols, dy = load_tile(dy_ptr, tile, head, columns, BLOCK, masked)
+            dy = load_tile(dy_ptr, tile, head, length, BLOCK, VEC, masked)
             if masked:
-                dy = tl.where((cols >= 0) & (cols < columns), dy, 0.0)
-            total += dy
+                dy = tl.where(inside(tile, head, length, BLOCK, VEC), dy, 0.0)
+            total += tl.sum(dy, 1)
     grad_sum = tl.sum(total, 0)
     lse_ptr += row.to(tl.int64) * 2
     shift = tl.load(lse_ptr)
@@ -96,10 +98,10 @@ def log_softmax_backward_kernel(
         first, end = tile_range(length, BLOCK, PEEL, 1 - step)
         for i in tl.range(first, end):
             tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-            x = load_tile(x_ptr, tile, head, columns, BLOCK, 1 - step)[1]
-            dy = load_tile(dy_ptr, tile, head, columns, BLOCK, 1 - step)[1]
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+            dy = load_tile(dy_ptr, tile, head, length, BLOCK, VEC, 1 - step)
             dx = (dy - tl.exp2((x - shift) * k - lse) * grad_sum) * inv_t
-            store_tile(dx_ptr, tile, head, columns, dx, BLOCK, 1 - step)
+            store_tile(dx_ptr, tile, head, length, dx, BLOCK, VEC, 1 - step)
 
 
 def log_softmax(x, out, lse, temperature: float) -> None:

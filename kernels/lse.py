@@ -1,9 +1,10 @@
 """Online log-sum-exp: the running (max, sum) of a row, tile by tile, and the tiles themselves.
 
-Math    a state is (peak, Σ exp((x − peak)·k)); a larger peak rescales the sum by exp((old − new)·k). Sums stay one
-        value a lane until the end of the row, so a tile costs one reduction, of its peak.
-Tiles   BLOCK columns. A row whose start is not 16-byte aligned is walked from the aligned address before it (HEAD
-        columns early), so that all tiles but the first and the last load and store 16 bytes unmasked.
+Math    a state is (peak, Σ exp((x − peak)·k)); a larger peak rescales the sum by exp((old − new)·k).
+Lanes   A tile of BLOCK columns is [BLOCK/VEC, VEC]: a lane holds VEC columns side by side, which is 16 bytes, and keeps
+        a state of its own to the end of the row. So a tile needs no barrier, and its loads do not wait for others'.
+Tiles   A row whose start is not 16-byte aligned is walked from the aligned address before it (``head`` columns early),
+        so that all tiles but the first and the last load and store 16 bytes unmasked.
 """
 
 import triton
@@ -34,7 +35,7 @@ def align(start, VEC: tl.constexpr, PEEL: tl.constexpr):
 def tile_range(length, BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr):
     """(first, end) of the unmasked tiles of a walk over ``length`` columns, head included, or of the masked ones.
 
-    Masked are the last tile, as number 0, and with a head the first, as number 1; see :func:`masked_tile`.
+    Masked are the last tile, as number 0, and with a head the first, as number 1; see :func:`tile_at`.
     """
     last = length // BLOCK
     if MASKED:
@@ -51,39 +52,56 @@ def tile_range(length, BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.const
 
 @triton.jit
 def tile_at(i, first, end, length, BLOCK: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr):
-    """The tile that step ``i`` of a range visits."""
+    """Where the tile begins that step ``i`` of a range visits, in columns from the start of the walk."""
     if MASKED:
-        return (length // BLOCK) * (1 - i)
+        return (length // BLOCK) * (1 - i) * BLOCK
     elif REVERSE:
-        return first + end - 1 - i
+        return (first + end - 1 - i) * BLOCK
     else:
-        return i
+        return i * BLOCK
 
 
 @triton.jit
-def load_tile(ptr, tile, head, n, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """(columns, their values in float32, −inf outside the row)."""
-    offsets = tile * BLOCK + tl.arange(0, BLOCK)
-    cols = offsets - head
-    if MASKED:
-        x = tl.load(ptr + offsets, mask=(cols >= 0) & (cols < n), other=-float("inf"))
-    else:
-        x = tl.load(ptr + offsets)
-    return cols, x.to(tl.float32)
+def columns_of(BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """The columns of a tile, from its start. [BLOCK/VEC, VEC]."""
+    return tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
-def store_tile(ptr, tile, head, n, x, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    offsets = tile * BLOCK + tl.arange(0, BLOCK)
+def inside(tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Which columns of a tile are the row's."""
+    cols = columns_of(BLOCK, VEC)
+    return (cols >= head - tile) & (cols < length - tile)
+
+
+@triton.jit
+def load_tile(ptr, tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
+    """In float32, −inf outside the row."""
+    ptrs = ptr + tile + columns_of(BLOCK, VEC)
     if MASKED:
-        cols = offsets - head
-        tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=(cols >= 0) & (cols < n))
+        x = tl.load(ptrs, mask=inside(tile, head, length, BLOCK, VEC), other=-float("inf"))
     else:
-        tl.store(ptr + offsets, x.to(ptr.dtype.element_ty))
+        x = tl.load(ptrs)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_tile(ptr, tile, head, length, x, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
+    ptrs = ptr + tile + columns_of(BLOCK, VEC)
+    if MASKED:
+        tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=inside(tile, head, length, BLOCK, VEC))
+    else:
+        tl.store(ptrs, x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def shift_of(peak):
+    """What exponents may subtract: the peak, or 0 where it is −inf, since −inf − (−inf) is NaN."""
+    return tl.where(peak == -float("inf"), 0.0, peak)
 
 
 @triton.jit
 def new_peak(peak, x):
-    """(the running max, the same with −inf replaced by 0: what exponents may subtract)."""
-    peak = tl.maximum(peak, tl.max(x, 0))  # a NaN may be lost here, but not in the sum
-    return peak, tl.where(peak == -float("inf"), 0.0, peak)
+    """(the lanes' running maxima, the same as shifts)."""
+    peak = tl.maximum(peak, tl.max(x, 1))  # a NaN may be lost here, but not in the sum
+    return peak, shift_of(peak)

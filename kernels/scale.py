@@ -14,7 +14,7 @@ from fastkd.kernels.config import alignment, device_of, launch_options, row_stri
 from fastkd.kernels.lse import align, load_tile, row_start, store_tile, tile_at, tile_range
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner_rows"], do_not_specialize_on_alignment=["scalar_ptr"])
 def scale_kernel(
     x_ptr, scalar_ptr, inner_rows, x_outer, x_inner, columns,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
@@ -29,8 +29,8 @@ def scale_kernel(
         first, end = tile_range(length, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
             tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            x = load_tile(x_ptr, tile, head, columns, BLOCK, masked)[1]
-            store_tile(x_ptr, tile, head, columns, x * scalar, BLOCK, masked)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked)
+            store_tile(x_ptr, tile, head, length, x * scalar, BLOCK, VEC, masked)
 
 
 def scale_(x, scalar) -> None:

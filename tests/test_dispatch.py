@@ -47,8 +47,8 @@ def call(**keywords: Any) -> None:
 
 @pytest.fixture
 def automatic(device: str) -> str:
-    """What runs where nothing is asked for: the fastest that is there."""
-    order = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "torch")}[device]
+    """What runs where nothing is asked for."""
+    order = _dispatch.PREFERENCE[device]
     return next(name for name in order if _dispatch.refusal(torch.zeros(1, 8, device=device), name) is None)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import _labels
 from tests.cases import inputs
 
 
@@ -56,6 +57,25 @@ def test_labels_end_at_the_vocabulary(backend: str) -> None:
     labels[0], labels[1] = 99, 100
     with pytest.raises(ValueError, match=r"^labels: got 100 in row 1 .* must be in \[0, 100\)"):
         fastkd.kd_loss(student, teacher, labels, hard_weight=1.0, vocab_size=100, backend=backend)
+
+
+@pytest.mark.parametrize("label", [-1, 100, 10**9])
+def test_a_row_without_a_token_is_nan_where_nobody_looks(
+    label: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; nothing is read outside the row, and the other rows are right."""
+    student, teacher, labels = inputs((3,), 127, device=device)
+    labels %= 100
+    scales, spec = torch.rand(2, 3, device=device), (2.0, 0, 1.0, 0.0, 0.0, 0.1, 100)
+    operator = torch.ops.fastkd.kd_rows
+    right = operator(student, teacher, labels, *scales, *spec, True, "triton")
+    labels[1] = label
+    monkeypatch.setattr(_labels, "check_rows", lambda *_: None)
+    hard, soft, _, grad = operator(student, teacher, labels, *scales, *spec, True, "triton")
+    others = [0, 2]
+    assert hard[1].isnan() and grad[1, :100].isnan().all() and not grad[1, 100:].any()
+    assert torch.equal(hard[others], right[0][others]) and torch.equal(grad[others], right[3][others])
+    assert torch.equal(soft, right[1])
 
 
 def test_labels_that_only_mask(backend: str, device: str) -> None:

@@ -92,7 +92,7 @@ FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, co
 #pragma omp simd reduction(+ : sum_term, sum_g)
     for (int j = 0; j < n; ++j) {
         const float d = log_ratio(z[j], u[j], f.inv_t, f.shift);
-        const TermGrad column = functor(0.0f, d, f.p_t * e_t[j], f.p_s * e_s[j]);
+        const TermGrad column = functor.template column<true>(0.0f, d, f.p_t * e_t[j], f.p_s * e_s[j]);
         sum_term += column.term;
         sum_g += column.g;
         if constexpr (kKeepG) e_t[j] = column.g;
@@ -120,7 +120,7 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
             } else {
                 float d = 0.0f;
                 if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.inv_t, f.shift);
-                g = functor(0.0f, d, f.p_t * e_t[j], p_s).g;
+                g = functor.template column<true>(0.0f, d, f.p_t * e_t[j], p_s).g;
             }
             sum += f.soft * soft_gradient<Functor>(g, p_s, f.grad_sum);
         }

@@ -28,10 +28,14 @@ namespace fastkd {
 // The functor of a call without a soft term.
 struct NoSoftTerm {
     Numbers numbers;
+    static constexpr bool kExactDiffers = false;
     static constexpr Moment kMoment = Moment::kNone;
     static constexpr GradSum kGradSum = GradSum::kConstant;
     FASTKD_HD float weight() const { return 0.0f; }
-    FASTKD_HD TermGrad operator()(float, float, float, float) const { return {0.0f, 0.0f}; }
+    template <bool kExact>
+    FASTKD_HD TermGrad column(float, float, float, float) const {
+        return {0.0f, 0.0f};
+    }
 };
 
 struct RowState {
@@ -173,6 +177,7 @@ template <class T, class Functor, bool kSoft, bool kResident>
 FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 : 3) kd_rows_kernel(const KDRowsParams p, const Functor functor) {
     FASTKD_SHARED(Slots<7>, state_slots);
     FASTKD_SHARED(Slots<2>, sum_slots);
+    FASTKD_SHARED(Slots<2>, exact_slots);
     constexpr Moment kMoment = Functor::kMoment;
     constexpr int kColumns = Vec<T>::kColumns;
 
@@ -217,11 +222,12 @@ FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 
     float* stats = p.stats + index * kNumStats;
 
     // term and g of a column.
-    const auto evaluate = [&](float z, float u, float& p_s) {
+    const auto evaluate = [&](auto exact, float z, float u, float& p_s) {
         const float b = (z - row.z_shift) * row.k - row.lse_s;
         const float p_t = exp2((u - row.u_shift) * row.k - row.lse_t);
         p_s = exp2(b);
-        return functor(b * kLn2, log_ratio(z, u, row.inv_t, row.shift), p_t, p_s);
+        const float d = log_ratio(z, u, row.inv_t, row.shift);
+        return functor.template column<decltype(exact)::value>(b * kLn2, d, p_t, p_s);
     };
 
     if (p.from_stats) {
@@ -252,30 +258,33 @@ FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 
         const RowState state = kSoft && row.is_power ? stage1(std::bool_constant<kSoft>()) : stage1(std::false_type());
         const float hard = normalise<kSoft>(row, state, z_y, p.smoothing, n);
 
-        Value<float> soft = {0.0f, !kSoft};
+        Value<float> soft = {0.0f, false};
         row.grad_sum = -functor.weight();
         if constexpr (kMoment != Moment::kNone) {
             const float mean = state.moment / (kMoment == Moment::kStudentRatio ? state.s : state.t) * row.inv_t;
             soft = value_from_mean(functor, mean, row.lse_s * kLn2, log2f(state.t / state.s) * kLn2);
             if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = functor.weight() + soft.value;
         }
-        if (!soft.has_digits) {  // stage 2; the same in every block of the cluster
+        const auto stage2 = [&](auto exact, Slots<2>& slots) {
             TermGrad sums = {0.0f, 0.0f};
             reader.template for_each<true>([&](int, const Vec<T>& z, const Vec<T>& u) {
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) {
                     float p_s;
-                    const TermGrad column = evaluate(z[j], u[j], p_s);
+                    const TermGrad column = evaluate(exact, z[j], u[j], p_s);
                     sums.term += column.term;
                     sums.g += column.g;
                 }
             });
-            sum_slots.publish({warp_sum(sums.term), warp_sum(sums.g)});
+            slots.publish({warp_sum(sums.term), warp_sum(sums.g)});
             cluster_arrive();
             cluster_wait();
-            soft.value = sum_slots.sum(0);
-            if (Functor::kGradSum != GradSum::kConstant) row.grad_sum = sum_slots.sum(1);
-        }
+            soft = {slots.sum(0), !(slots.sum(0) < kFewDigits)};
+            if (Functor::kGradSum != GradSum::kConstant) row.grad_sum = slots.sum(1);
+        };
+        // Every block of the cluster takes the same way.
+        if (kSoft && kMoment == Moment::kNone) stage2(std::false_type(), sum_slots);
+        if (Functor::kExactDiffers && !soft.has_digits) stage2(std::true_type(), exact_slots);
         if (first_thread) {
             p.hard[index] = hard;
             p.soft[index] = soft.value < 0.0f ? 0.0f : soft.value;
@@ -303,7 +312,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 
             for (int j = 0; j < kColumns; ++j) {
                 float soft = 0.0f, p_s = 0.0f;
                 if (kSoft) {
-                    const TermGrad column = evaluate(z[j], u[j], p_s);
+                    const TermGrad column = evaluate(std::false_type(), z[j], u[j], p_s);
                     soft = soft_factor * soft_gradient<Functor>(column.g, p_s, row.grad_sum);
                 }
                 if constexpr (decltype(power)::value) {
@@ -320,7 +329,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 
         float soft = 0.0f;
         if (kSoft) {
             float p_s;
-            const TermGrad column = evaluate(z_y, to_float(u_data[label]), p_s);
+            const TermGrad column = evaluate(std::false_type(), z_y, to_float(u_data[label]), p_s);
             soft = soft_factor * soft_gradient<Functor>(column.g, p_s, row.grad_sum);
         }
         const float hard = hard_scale * ((row.smooth ? p.smoothing - smooth : 0.0f) - row.rest);

@@ -37,7 +37,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     from fastkd.kernels import kd_rows as kernel
 
-    kernel.kd_grad(rows, spec, stats, grad)
+    kernel.kd_rows(rows, spec, None, None, stats, grad)
 
 
 def scale_(grad: Tensor, scalar: Tensor) -> None:

@@ -73,7 +73,10 @@ def test_unaligned_rows_with_padding_columns(backend: str, device: str) -> None:
 @pytest.mark.parametrize("operator", ["kd_rows_", "kd_grad_"])
 @pytest.mark.parametrize("layout", STRIDED)
 def test_writes_its_own_columns_only(backend: str, device: str, layout: str, operator: str) -> None:
-    """The gradient over strided logits is the gradient beside them, and the memory around them stays as it was."""
+    """The gradient over strided logits is the gradient beside them, and the memory around them stays as it was.
+
+    To the last bit where nothing is summed; a sum's order depends on where the rows begin.
+    """
     columns = 2050
     student, teacher, labels = inputs((2, 2), columns, torch.bfloat16, device=device)
     given = (teacher, labels, torch.rand(2, 2, device=device), torch.rand(2, 2, device=device))
@@ -89,7 +92,10 @@ def test_writes_its_own_columns_only(backend: str, device: str, layout: str, ope
     else:
         operators.kd_grad_(view, *given, stats, *spec, backend)
         expected = operators.kd_grad(student, *given, stats, *spec, backend)
-    assert same_bits(view, expected)
+    if operator == "kd_grad_":
+        assert same_bits(view, expected)
+    else:
+        torch.testing.assert_close(view, expected, rtol=torch.finfo(view.dtype).eps, atol=0)
     assert store[_outside(store, view)].isnan().all()
     assert same_bits(student, before)
 

@@ -66,7 +66,7 @@ bool divergence_of(int formula, float c_t, float c_s, float w, const float* b, c
                    const float* p_s, int64_t n, float* term, float* g) {
     return Divergences::dispatch({static_cast<Formula>(formula), c_t, c_s, w}, [&](const auto& functor) {
         for (int64_t i = 0; i < n; ++i) {
-            const TermGrad column = functor(b[i], d[i], p_t[i], p_s[i]);
+            const TermGrad column = functor.template column<true>(b[i], d[i], p_t[i], p_s[i]);
             term[i] = column.term, g[i] = column.g;
         }
     });

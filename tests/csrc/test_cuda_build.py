@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 MAX_REGISTERS = 128  # of two blocks of 256 threads on an SM
-STATIC_BYTES = 5 << 10  # of shared memory, as csrc/cuda/launch.cu has it
+STATIC_BYTES = 6 << 10  # of shared memory, as csrc/cuda/launch.cu has it
 RESERVED_BYTES = 1 << 10  # CUDA's own, which the report counts as a kernel's from sm_90 on
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
-from importlib import metadata, util
+from importlib import util
 
 import torch
 
@@ -16,7 +17,9 @@ from fastkd._version import __version__
 def info() -> int:
     """Print the versions, and for each device the backends: which one a call uses, and why the others cannot run."""
     versions = [f"fastkd {__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    versions.append(f"triton {metadata.version('triton')}" if util.find_spec("triton") else "no triton")
+    versions.append(
+        f"triton {importlib.import_module('triton').__version__}" if util.find_spec("triton") else "no triton"
+    )
     print(" · ".join(versions))
     asked = _dispatch.requested(None)
     for device in [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["cpu"]:

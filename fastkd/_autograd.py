@@ -2,7 +2,8 @@
 
 A scalar loss computes its gradient in forward, while the row is at hand, and backward only scales it by
 ``grad_output``. A loss per row keeps statistics in forward and computes the gradient in backward, row scales times
-``grad_output``.
+``grad_output``; and so does a scalar loss of float16 logits, whose gradient could vanish before a loss scale reached it
+(of a mean over 4096 rows nearly all of it lies below 6e-8).
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class _ScalarLoss(torch.autograd.Function):
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
         spec: RowSpec,
-        weighted: tuple[bool, bool],
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ class _ScalarLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(hard)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        loss = _weighted(hard, soft, hard_scale, soft_scale, weighted).sum()
+        loss = _weighted(hard, soft, hard_scale, soft_scale).sum()
         return (loss, hard, soft, student) if inplace else (loss, hard, soft)
 
     @staticmethod
@@ -82,7 +82,7 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_student is not None:
             raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 8
         grad, soft = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
@@ -92,7 +92,7 @@ class _ScalarLoss(torch.autograd.Function):
             # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
             if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
                 _op.scale_(grad, grad_loss, ctx.backend)
-        return _final(grad, soft), *(None,) * 8
+        return _final(grad, soft), *(None,) * 7
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -107,30 +107,36 @@ class _LossPerRow(torch.autograd.Function):
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
         spec: RowSpec,
-        weighted: tuple[bool, bool],
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
         hard, soft, stats, _ = _op.kd_rows(student, teacher, labels, hard_scale, soft_scale, *spec, False, backend)
-        ctx.save_for_backward(student, teacher, labels, hard_scale, soft_scale, stats)
+        # What torch.inference_mode() made cannot be saved, but can be kept.
+        kept = None if torch.compiler.is_compiling() or teacher is None or not teacher.is_inference() else teacher
+        saved = teacher if kept is None else None
+        ctx.save_for_backward(student, saved, labels, hard_scale, soft_scale, stats)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
-        ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
-        return _weighted(hard, soft, hard_scale, soft_scale, weighted), hard, soft
+        ctx.kept, ctx.spec, ctx.inplace, ctx.backend = kept, spec, inplace, backend
+        return _weighted(hard, soft, hard_scale, soft_scale), hard, soft
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 8
         student, teacher, labels, hard_scale, soft_scale, stats = ctx.saved_tensors
-        hard_scale, soft_scale = (s if s is None else s * grad_loss for s in (hard_scale, soft_scale))
+        teacher = teacher if ctx.kept is None else ctx.kept
+        # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
+        hard_scale, soft_scale = (
+            s if s is None else torch.where(s == 0, 0.0, s * grad_loss) for s in (hard_scale, soft_scale)
+        )
         rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, ctx.backend)
         if ctx.inplace:
             grad = student.detach()
             _op.kd_grad_(grad, *rows[1:])
         else:
             grad = _op.kd_grad(*rows)
-        return _final(grad, student), *(None,) * 8
+        return _final(grad, student), *(None,) * 7
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -157,20 +163,19 @@ def kd_rows(
     soft_scale: Tensor | None,
     spec: RowSpec,
     *,
-    weighted: tuple[bool, bool],
     per_row: bool,
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum.
-
-    ``weighted`` says of hard and soft whether they are in the loss, or there for their parts alone.
-    """
-    function = _LossPerRow if per_row else _ScalarLoss
+    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum."""
     if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
         student = student.detach()
-    out = function.apply(student, teacher, labels, hard_scale, soft_scale, spec, weighted, inplace, backend)  # type: ignore[no-untyped-call]
-    return out[:3]  # type: ignore[no-any-return]
+    late = per_row or student.dtype == torch.float16
+    function = _LossPerRow if late else _ScalarLoss
+    loss, hard, soft = function.apply(  # type: ignore[no-untyped-call]
+        student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend
+    )[:3]
+    return loss.sum() if late and not per_row else loss, hard, soft
 
 
 def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
@@ -178,10 +183,7 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
     return log_probs
 
 
-def _weighted(
-    hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None, weighted: tuple[bool, bool]
-) -> Tensor:
-    # A term that is not in the loss may be infinite, which a scale of 0 would make NaN.
-    pairs = zip((hard, soft), (hard_scale, soft_scale), weighted, strict=True)
-    terms = [loss * scale for loss, scale, counts in pairs if counts and scale is not None]
-    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(hard)
+def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:
+    if hard_scale is None or soft_scale is None:
+        return soft * soft_scale if hard_scale is None else hard * hard_scale
+    return torch.addcmul(hard * hard_scale, soft, soft_scale)

@@ -49,7 +49,9 @@ _override = ""
 
 
 class use_backend:
-    """Choose the backend of the calls that name none: for the process, or as a context manager for a block.
+    """Choose the backend of the calls that name none: from here on, or as a context manager for a block.
+
+    In either use it is the choice of the whole process, whatever the thread.
 
     ``None`` returns to the automatic choice. The keyword ``backend=`` goes first, then this, then the environment
     variable ``FASTKD_BACKEND``.
@@ -61,10 +63,12 @@ class use_backend:
     def __init__(self, name: str | None) -> None:
         global _override
         self._previous = _override
-        _override = _check_name("use_backend", name)
+        self._name = _override = _check_name("use_backend", name)
 
     def __enter__(self) -> None:
-        return None
+        global _override
+        if _override != self._name:  # entered again, or after another
+            self._previous, _override = _override, self._name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -22,8 +22,15 @@ def check_labels(labels: Tensor, vocab_size: int, *, ignore_index: int = -100, m
         mask: ``(...)`` bool; rows where it is False do not count.
 
     Raises:
-        ValueError: naming the first such label, its row and how many there are.
+        TypeError: labels that are no int64 tensor.
+        ValueError: a mask of another shape or dtype; a bad label, naming the first, its row and how many there are.
     """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}, must be an int64 tensor")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
+        raise ValueError(
+            f"mask: got {mask.dtype} {tuple(mask.shape)}, must be bool {tuple(labels.shape)}, as labels are"
+        )
     counts = labels != ignore_index
     _check(labels, vocab_size, counts if mask is None else counts & mask)
 

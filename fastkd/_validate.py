@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -26,11 +27,20 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: got {temperature}, must be > 0")
 
 
-def check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_real(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a number")
+
+
+def check_number(name: str, value: float) -> None:
+    check_real(name, value)
     if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace of a varying number
         raise ValueError(f"{name}: got {value}, must be finite")
+
+
+def check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be an int")
 
 
 def check_weights(hard_weight: float | None, soft_weight: float, labels: Tensor | None) -> None:
@@ -61,8 +71,7 @@ def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_siz
                 "vocab_size must say how many leading columns are tokens of both"
             )
         return
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size: got {type(vocab_size).__name__}, must be an int")
+    check_int("vocab_size", vocab_size)
     if not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(f"vocab_size: got {vocab_size}, must be in [1, {min(student, teacher)}], the columns of both")
 
@@ -88,9 +97,9 @@ def check_device(name: str, value: Tensor, student_logits: Tensor) -> None:
         raise ValueError(f"{name}: got device {value.device}, must be student_logits' {student_logits.device}")
 
 
-def check_token_weights(token_weights: Tensor | None) -> None:
-    if token_weights is not None and token_weights.requires_grad:
-        raise ValueError("token_weights: got a tensor that requires a gradient, which it would not get; detach() it")
+def check_no_gradient(name: str, value: Tensor | None) -> None:
+    if value is not None and value.requires_grad:
+        raise ValueError(f"{name}: got a tensor that requires a gradient, which it would not get; detach() it")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
@@ -99,7 +108,7 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing: got {label_smoothing}, must be in [0, 1)")
 
 
-def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> None:
+def check_reduction(reduction: str, num_items: int | float | Tensor | None, student_logits: Tensor) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
     if num_items is None:
@@ -109,6 +118,9 @@ def check_reduction(reduction: str, num_items: int | float | Tensor | None) -> N
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items: got shape {tuple(num_items.shape)}, must be a number or a 0-d tensor")
+        check_no_gradient("num_items", num_items)
+        if num_items.device.type != "cpu":
+            check_device("num_items", num_items, student_logits)
         return
     check_number("num_items", num_items)
     if not num_items > 0:
@@ -124,11 +136,15 @@ def check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
         why = "are in a compiled function, whose memory the compiler plans"
     elif student_logits.is_leaf:
         why = "are a leaf tensor, whose values the caller owns"
+    elif student_logits.retains_grad:
+        why = "retain their gradient, which would be written over them"
     elif student_logits._is_view():
         why = "are a view, and its base would be overwritten"
     elif not student_logits.is_contiguous():
         why = "are not contiguous"
-    elif student_logits.untyped_storage().data_ptr() == teacher_logits.untyped_storage().data_ptr():
+    elif student_logits.numel() and student_logits.untyped_storage().data_ptr() == (
+        teacher_logits.untyped_storage().data_ptr()
+    ):
         why = "share memory with teacher_logits"
     if why:
         raise ValueError(f"inplace_backward: got True, but student_logits {why}; must be False here")

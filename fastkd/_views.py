@@ -13,11 +13,12 @@ def row_views(*tensors: Tensor) -> list[Tensor]:
     """
     leading = tensors[0].shape[:-1]
     rows = leading.numel()
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        for inner in (rows, leading[-1] if leading else 1):
-            views = [_view(tensor, inner) for tensor in tensors]
-            if None not in views:
-                return views  # type: ignore[return-value]
+    if all([tensor.is_contiguous() for tensor in tensors]):
+        return [tensor.view(1, rows, tensor.shape[-1]) for tensor in tensors]
+    for inner in (rows, leading[-1] if leading else 1):
+        views = [_view(tensor, inner) for tensor in tensors]
+        if None not in views:
+            return views  # type: ignore[return-value]
     return [tensor.contiguous().view(1, rows, tensor.shape[-1]) for tensor in tensors]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastkd._request import Formula
+from fastkd._validate import check_real
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Divergence:
 
     Raises:
         ValueError: a weight is negative, ``w`` is outside [0, 1], or the divergence would be 0 everywhere.
+        TypeError: one of them is no number.
     """
 
     name: str
@@ -30,6 +32,11 @@ class Divergence:
     formula: Formula = Formula.MIXTURE_KL
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "formula", Formula(self.formula))
+        for name in ("c_t", "c_s", "w"):
+            check_real(name, getattr(self, name))
+        if self.formula != Formula.MIXTURE_KL and (self.c_t, self.c_s, self.w) != (1.0, 0.0, 0.0):
+            raise ValueError(f"formula: got {self.formula!r} with c_t, c_s or w, which it does not have")
         if not (0.0 <= self.c_t < float("inf") and 0.0 <= self.c_s < float("inf")):
             raise ValueError(f"c_t, c_s: got {self.c_t}, {self.c_s}, must be finite and >= 0")
         if not 0.0 <= self.w <= 1.0:
@@ -56,11 +63,12 @@ def JSD(beta: float) -> Divergence:
     Raises:
         ValueError: ``beta`` is outside [0, 1].
     """
+    check_real("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: got {beta}, must be in [0, 1]")
     if beta in (0.0, 1.0):
         return FORWARD_KL if beta == 0.0 else REVERSE_KL
-    return Divergence(f"jsd({beta:g})", c_t=beta, c_s=1.0 - beta, w=beta)
+    return Divergence("jsd", c_t=beta, c_s=1.0 - beta, w=beta)
 
 
 def SkewKL(lam: float) -> Divergence:
@@ -70,7 +78,7 @@ def SkewKL(lam: float) -> Divergence:
         ValueError: ``lam`` is outside [0, 1); at 1 the divergence would be 0 everywhere.
     """
     _check_skew(lam)
-    return Divergence(f"skew_kl({lam:g})", c_t=1.0, c_s=0.0, w=lam)
+    return Divergence("skew_kl", c_t=1.0, c_s=0.0, w=lam)
 
 
 def SkewReverseKL(lam: float) -> Divergence:
@@ -80,7 +88,7 @@ def SkewReverseKL(lam: float) -> Divergence:
         ValueError: ``lam`` is outside [0, 1); at 1 the divergence would be 0 everywhere.
     """
     _check_skew(lam)
-    return Divergence(f"skew_reverse_kl({lam:g})", c_t=0.0, c_s=1.0, w=1.0 - lam)
+    return Divergence("skew_reverse_kl", c_t=0.0, c_s=1.0, w=1.0 - lam)
 
 
 def resolve(divergence: str | Divergence) -> Divergence:
@@ -103,5 +111,6 @@ def resolve(divergence: str | Divergence) -> Divergence:
 
 
 def _check_skew(lam: float) -> None:
+    check_real("lam", lam)
     if not 0.0 <= lam < 1.0:
         raise ValueError(f"lam: got {lam}, must be in [0, 1)")

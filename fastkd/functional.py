@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,10 @@ from fastkd.divergences import Divergence, resolve
 
 
 class KDLossParts(NamedTuple):
-    """The loss, and the two terms it is made of: detached means over the rows that count, unweighted and without T²."""
+    """The loss, and the two terms it is made of: detached means, unweighted and without T².
+
+    They are over the rows that count, and of these the ones whose token weight is not 0.
+    """
 
     loss: Tensor
     hard: Tensor
@@ -70,8 +74,8 @@ def kd_loss(
         num_items: number or 0-d tensor; the denominator of ``"mean"`` instead, for gradient accumulation.
         vocab_size: only the first ``vocab_size`` columns are tokens; the others are not read and get gradient 0.
         inplace_backward: write the gradient over ``student_logits``, which nothing else may then use.
-        return_parts: return :class:`KDLossParts`; a term is then computed even if its weight is 0, and the hard part is
-            0 without labels.
+        return_parts: return :class:`KDLossParts`; a term is then computed even if its weight is 0 (in a pass of its
+            own), and the hard part is 0 without labels.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses by device (``python -m fastkd info``
             says why).
 
@@ -96,24 +100,33 @@ def kd_loss(
     _validate.check_temperature(temperature)
     _validate.check_weights(hard_weight, soft_weight, labels)
     _validate.check_label_smoothing(label_smoothing)
+    _validate.check_int("ignore_index", ignore_index)
     _validate.check_per_row("labels", labels, student_logits, (torch.int64,))
     _validate.check_per_row("mask", mask, student_logits, (torch.bool,))
     _validate.check_per_row("token_weights", token_weights, student_logits, _validate.FLOAT_DTYPES)
-    _validate.check_token_weights(token_weights)
-    _validate.check_reduction(reduction, num_items)
+    _validate.check_no_gradient("token_weights", token_weights)
+    _validate.check_reduction(reduction, num_items, student_logits)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     if inplace_backward:
         _validate.check_inplace(student_logits, teacher_logits)
 
     scale = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, num_items)
-    has_hard = labels is not None and (hard_weight != 0 or return_parts)
-    has_soft = soft_weight != 0 or return_parts or not has_hard
-    t2 = temperature * temperature if scale_soft_by_t2 else 1.0
+    name = _dispatch.requested(backend)
     spec = RowSpec(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
-        student_logits.shape[-1] if vocab_size is None else vocab_size,
+        student_logits.shape[-1] if vocab_size is None else int(vocab_size),
     )  # fmt: skip
+    has_hard = bool(hard_weight)
+    has_soft = soft_weight != 0 or not has_hard
+    # A part that is not in the loss by itself, lest a NaN of it reach the gradient.
+    alone = partial(_autograd.kd_rows, student_logits.detach(), spec=spec, per_row=True, inplace=False, backend=name)
+    hard_alone = soft_alone = None
+    if return_parts and not has_hard and labels is not None:
+        hard_alone = alone(None, labels, scale, None)[1]
+    if return_parts and soft_weight == 0:
+        soft_alone = alone(teacher_logits, None, None, scale)[2]
+    t2 = temperature * temperature if scale_soft_by_t2 else 1.0
     loss, hard, soft = _autograd.kd_rows(
         student_logits,
         teacher_logits if has_soft else None,
@@ -121,15 +134,15 @@ def kd_loss(
         scale * (hard_weight or 0.0) if has_hard else None,
         scale * (soft_weight * t2) if has_soft else None,
         spec,
-        weighted=(bool(hard_weight), soft_weight != 0),
         per_row=reduction == "none",
         inplace=inplace_backward,
-        backend=_dispatch.requested(backend),
+        backend=name,
     )
     if not return_parts:
         return loss
-    rows = scale.count_nonzero().clamp_min(1)
-    return KDLossParts(loss, hard.sum() / rows, soft.detach().sum() / rows)
+    count = scale.count_nonzero().clamp_min(1)
+    parts = (hard if hard_alone is None else hard_alone, soft if soft_alone is None else soft_alone)
+    return KDLossParts(loss, *(part.detach().sum() / count for part in parts))
 
 
 def log_softmax(
@@ -159,7 +172,10 @@ def log_softmax(
     _validate.check_temperature(temperature)
     if dtype is not None and dtype not in _validate.FLOAT_DTYPES:
         raise TypeError(f"dtype: got {dtype}, must be float32, bfloat16, float16 or float64")
-    return _autograd.log_softmax(logits, float(temperature), dtype or logits.dtype, _dispatch.requested(backend))
+    dtype = dtype or logits.dtype
+    # Kernels that compute in float32 have no float64 to write.
+    written = torch.float32 if dtype == torch.float64 and logits.dtype != torch.float64 else dtype
+    return _autograd.log_softmax(logits, float(temperature), written, _dispatch.requested(backend)).to(dtype)
 
 
 def _row_scale(
@@ -186,6 +202,6 @@ def _row_scale(
         return scale
     if num_items is None:
         num_items = max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1)
-    elif isinstance(num_items, Tensor):
-        num_items = num_items.to(dtype).clamp_min(torch.finfo(dtype).tiny)  # 0 items: 0, not 0/0, for every row
+    elif isinstance(num_items, Tensor):  # of 0 items the mean is 0
+        return torch.where(num_items > 0, scale / num_items.to(dtype), 0.0)
     return scale / num_items

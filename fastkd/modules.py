@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,9 +10,13 @@ from torch import Tensor, nn
 from fastkd.divergences import Divergence, resolve
 from fastkd.functional import KDLossParts, kd_loss
 
+_KEYWORDS = frozenset(inspect.signature(kd_loss).parameters)
+
 
 class KDLoss(nn.Module):
-    """:func:`fastkd.kd_loss` with its keywords stored; ``mask``, ``token_weights`` and ``num_items`` come at each call.
+    """:func:`fastkd.kd_loss` with its keywords as attributes, which a schedule may change from call to call.
+
+    ``mask``, ``token_weights`` and ``num_items`` come at each call.
 
     Example:
         >>> import torch, fastkd
@@ -38,20 +43,22 @@ class KDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.keywords: dict[str, Any] = {
-            "temperature": temperature,
-            "hard_weight": hard_weight,
-            "soft_weight": soft_weight,
-            "divergence": resolve(divergence),
-            "scale_soft_by_t2": scale_soft_by_t2,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "vocab_size": vocab_size,
-            "inplace_backward": inplace_backward,
-            "return_parts": return_parts,
-            "backend": backend,
-        }
+        self.temperature = temperature
+        self.hard_weight = hard_weight
+        self.soft_weight = soft_weight
+        self.divergence = resolve(divergence)
+        self.scale_soft_by_t2 = scale_soft_by_t2
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.vocab_size = vocab_size
+        self.inplace_backward = inplace_backward
+        self.return_parts = return_parts
+        self.backend = backend
+
+    def keywords(self) -> dict[str, Any]:
+        """What :func:`fastkd.kd_loss` is called with at every call."""
+        return {name: value for name, value in vars(self).items() if name in _KEYWORDS}
 
     def forward(
         self,
@@ -70,8 +77,8 @@ class KDLoss(nn.Module):
             mask=mask,
             token_weights=token_weights,
             num_items=num_items,
-            **self.keywords,
+            **self.keywords(),
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.keywords().items())

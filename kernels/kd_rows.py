@@ -221,7 +221,7 @@ def kd_rows_kernel(
                 if MOMENT == STUDENT_RATIO:  # a G of thousands must be rounded as the g are from which it is subtracted
                     has_digits = has_digits & ((tl.abs(mean) > 64.0) == 0)
 
-            # Stage 2; FORMULA 0 is the one whose terms lose digits near 0, and exact ones do not.
+            # Stage 2. A mixture's terms lose digits near 0, and exact ones do not.
             for exact in tl.static_range(2):
                 if (MOMENT == NONE or exact) and (FORMULA == MIXTURE_KL or not exact):
                     if not has_digits:
@@ -352,7 +352,7 @@ def zero_columns(ptr, first, end, BLOCK: tl.constexpr):
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
-    """Losses and statistics, and the gradient unless ``grad`` is None; without ``hard`` the gradient from statistics."""
+    """Losses and statistics, and the gradient if ``grad`` is given; without ``hard`` the gradient from statistics."""
     z, u, dz = rows.student, rows.teacher, grad
     outer, inner, columns = z.shape
     if outer * inner == 0:

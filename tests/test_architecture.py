@@ -25,8 +25,8 @@ LAYERS = (
     ("_dispatch",),
     ("backends",),
     ("kernels",),
-    ("divergences", "_validate", "_labels", "_views", "_version", "_cpu", "_cuda"),
-    ("_request",),
+    ("divergences", "_labels", "_views", "_version", "_cpu", "_cuda"),
+    ("_request", "_validate"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Folders whose modules may import one another. Those of `backends` share only what begins with an underscore.

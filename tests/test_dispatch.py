@@ -102,6 +102,16 @@ def test_use_backend_for_a_block(ran: list[str], automatic: str) -> None:
     assert ran == ["triton", "torch", "triton", automatic, automatic]
 
 
+def test_use_backend_again(ran: list[str], automatic: str) -> None:
+    """One object may serve several blocks."""
+    chosen = fastkd.use_backend("torch")
+    for _ in range(2):
+        with chosen:
+            call()
+        call()
+    assert ran == ["torch", automatic] * 2
+
+
 def test_use_backend_after_an_error(ran: list[str], automatic: str) -> None:
     with pytest.raises(ZeroDivisionError), fastkd.use_backend("triton"):
         raise ZeroDivisionError

@@ -93,6 +93,21 @@ def test_bad_coefficient(argument: str, value: float) -> None:
         fastkd.Divergence("bad", **{argument: value, "w": 0.5})
 
 
+def test_not_a_number() -> None:
+    for make, argument in ((fastkd.JSD, "beta"), (fastkd.SkewKL, "lam"), (fastkd.SkewReverseKL, "lam")):
+        with pytest.raises(TypeError, match=f"^{argument}: got NoneType, must be a number"):
+            make(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^c_t: got str, must be a number"):
+        fastkd.Divergence("bad", c_t="1")  # type: ignore[arg-type]
+
+
+def test_bad_formula() -> None:
+    with pytest.raises(ValueError, match="7 is not a valid Formula"):
+        fastkd.Divergence("bad", formula=7)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^formula: got .*TOTAL_VARIATION.* with c_t, c_s or w"):
+        fastkd.Divergence("bad", c_t=3.0, formula=Formula.TOTAL_VARIATION)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_bad_mixture_weight(value: float) -> None:
     with pytest.raises(ValueError, match=rf"^w: got {value}, must be in \[0, 1\]"):

@@ -47,7 +47,7 @@ class TestLogSoftmax:
     @pytest.mark.parametrize("out", [None, *DTYPES], ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_dtype(self, backend: str, device: str, dtype: torch.dtype, out: torch.dtype | None) -> None:
-        if backend != "torch" and torch.float64 in (dtype, out):
+        if backend != "torch" and dtype == torch.float64:
             pytest.skip("float64 is the PyTorch backend's (test_dispatch)")
         check_log_softmax(inputs((2,), 127, dtype, device=device).student, backend, 2.0, out)
 

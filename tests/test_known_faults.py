@@ -33,6 +33,23 @@ def test_t2_in_value_and_gradient(backend: str, device: str, reduction: str) -> 
             torch.testing.assert_close(left, (ratio or 1.0) * right, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_float16_gradients_do_not_vanish(backend: str, device: str, inplace: bool, scale: float) -> None:
+    """A mean over many rows, times a GradScaler's factor: what float16 holds of the product, not of the mean alone."""
+    rows, columns = 600, 600
+    student, teacher, labels = inputs((rows,), columns, torch.float16, device=device, spread=0.3)
+    leaf = student.clone().requires_grad_()
+    loss = fastkd.kd_loss(leaf * 1, teacher, labels, inplace_backward=inplace, backend=backend, **BOTH)
+    (loss * scale).backward()
+    _, expected = expect(student, teacher, labels, grad_output=torch.tensor(scale, device=device), **BOTH)
+    rounded = expected.half().double()
+    assert leaf.grad is not None
+    error = (leaf.grad.double() - rounded).norm() / rounded.norm()
+    assert error <= 1e-3 if scale == 1.0 else error <= 5e-4
+    assert (expected.half() == 0).float().mean() < 0.01 or scale == 1.0
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_grad_output_other_than_1(backend: str, device: str, name: str) -> None:
     """Scaled losses, and per-row ones, reach the gradient."""

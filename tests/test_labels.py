@@ -35,6 +35,15 @@ def test_check_labels_of_rows_that_count(device: str) -> None:
         fastkd.check_labels(labels, 10, ignore_index=9)
 
 
+def test_check_labels_of_what_is_none() -> None:
+    for labels in ([1, 2], torch.tensor([1.0, 2.0])):
+        with pytest.raises(TypeError, match=r"^labels: got (list|torch.float32), must be an int64 tensor"):
+            fastkd.check_labels(labels, 8)  # type: ignore[arg-type]
+    for mask in (torch.ones(3, 1, dtype=torch.bool), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"^mask: got torch.*, must be bool \(3,\), as labels are"):
+            fastkd.check_labels(torch.tensor([1, 2, 3]), 8, mask=mask)
+
+
 def test_check_labels_of_nothing(device: str) -> None:
     fastkd.check_labels(torch.empty(0, dtype=torch.int64, device=device), 8)
 

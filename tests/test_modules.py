@@ -65,4 +65,13 @@ def test_is_a_module() -> None:
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to(torch.bfloat16)):
         assert torch.equal(other(student, teacher), module(student, teacher))
     assert "temperature=2.0" in repr(module)
-    assert "jsd(0.3)" in repr(module)
+    assert "Divergence(name='jsd', c_t=0.3" in repr(module)
+
+
+def test_an_attribute_is_the_keyword() -> None:
+    """A schedule sets it."""
+    student, teacher, _ = inputs((2,), 17)
+    module = fastkd.KDLoss(temperature=2.0)
+    module.temperature, module.divergence = 5.0, "reverse_kl"
+    expected = fastkd.kd_loss(student, teacher, temperature=5.0, divergence="reverse_kl")
+    assert torch.equal(module(student, teacher), expected)

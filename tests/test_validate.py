@@ -56,6 +56,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_items": math.nan}, ValueError, "num_items: got nan, must be finite"),
     ({"num_items": "6"}, TypeError, "num_items: got str, must be a number"),
     ({"num_items": torch.tensor([6])}, ValueError, "num_items: got shape (1,), must be a number or a 0-d tensor"),
+    ({"num_items": torch.ones((), requires_grad=True)}, ValueError, "num_items: got a tensor that requires a grad"),
+    ({"ignore_index": None}, TypeError, "ignore_index: got NoneType, must be an int"),
     ({"num_items": 6, "reduction": "sum"}, ValueError, "num_items: got a value with reduction='sum'"),
     ({"num_items": 6, "reduction": "none"}, ValueError, "num_items: got a value with reduction='none'"),
     ({"vocab_size": 0}, ValueError, "vocab_size: got 0, must be in [1, 8]"),
@@ -138,6 +140,11 @@ def leaf() -> Tensor:
     return torch.randn(2, 3, 8, requires_grad=True)
 
 
+def retained(logits: Tensor) -> Tensor:
+    logits.retain_grad()
+    return logits
+
+
 @pytest.mark.parametrize(
     ("student", "why"),
     [
@@ -145,8 +152,9 @@ def leaf() -> Tensor:
         (lambda: (leaf() * 1)[:, :2], "are a view"),
         (lambda: (leaf() * 1).view(6, 8), "are a view"),
         (lambda: leaf().transpose(0, 1) * 1, "are not contiguous"),
+        (lambda: retained(leaf() * 1), "retain their gradient"),
     ],
-    ids=["leaf", "slice", "view", "transposed"],
+    ids=["leaf", "slice", "view", "transposed", "retained"],
 )
 def test_in_place_where_it_would_be_wrong(student: Any, why: str) -> None:
     logits = student()
@@ -154,6 +162,13 @@ def test_in_place_where_it_would_be_wrong(student: Any, why: str) -> None:
     with pytest.raises(ValueError, match=f"^inplace_backward: got True, but student_logits {why}.*must be False here"):
         fastkd.kd_loss(logits, torch.zeros(logits.shape), inplace_backward=True)
     assert torch.equal(logits, before)
+
+
+def test_in_place_of_nothing() -> None:
+    """Two empty tensors share no memory, though both are nowhere."""
+    student = torch.empty(0, 8, requires_grad=True)
+    fastkd.kd_loss(student * 1, torch.empty(0, 8), inplace_backward=True).backward()
+    assert student.grad is not None and student.grad.shape == (0, 8)
 
 
 @pytest.mark.parametrize("of", ["itself", "detached", "a_view"])

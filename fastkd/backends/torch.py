@@ -24,7 +24,7 @@ NEAR = 0.05
 
 # glibc gives freed blocks back to the system above twice the size of the largest mapped block freed so far, by default
 # 256 KB: every chunk would fault its temporaries in again, which trebles the time. Freeing 16 MB once raises that.
-torch.empty(2**24, dtype=torch.uint8)
+torch.empty(2**24, dtype=torch.uint8, device="cpu")
 
 
 def unavailable() -> str | None:
@@ -106,8 +106,8 @@ def _soft_term(
     # log p_t − log p_s = (u − z)/T − shift. From the difference of the logits, which is exact where they are close.
     shift = (u_peak - z_peak) * inv_t + (u_sum / z_sum).log()
     if spec.formula == Formula.CROSS_ENTROPY:
-        lse_s = z_peak * inv_t + z_sum.log()
-        soft, residual = lse_s - _no_nan(p_t * z).sum(-1, keepdim=True) * inv_t, p_s.sub_(p_t)
+        mean = _no_nan(p_t * (z - z_peak)).sum(-1, keepdim=True) * inv_t  # far from 0 that of z has no digits left
+        soft, residual = z_sum.log() - mean, p_s.sub_(p_t)
     elif spec.formula == Formula.TOTAL_VARIATION:
         soft, residual = _total_variation(p_t, p_s)
     else:

@@ -60,6 +60,16 @@ def test_weight_of_a_row_that_does_not_count(backend: str, device: str) -> None:
     assert (grad[1] == 0).all()
 
 
+def test_row_that_does_not_count_has_no_gradient(backend: str, device: str) -> None:
+    """Whatever comes from above: the square root of its loss of 0 has a derivative of infinity."""
+    student, teacher, labels = inputs((3,), 33, device=device)
+    labels[1] = -100
+    leaf = student.requires_grad_()
+    loss = fastkd.kd_loss(leaf, teacher, labels, hard_weight=0.5, reduction="none", backend=backend)
+    loss.sqrt().sum().backward()
+    assert leaf.grad is not None and not leaf.grad[1].any() and leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("filling", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_row_that_does_not_count_is_not_read(backend: str, device: str, filling: float, name: str) -> None:

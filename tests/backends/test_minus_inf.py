@@ -108,6 +108,19 @@ def test_label_smoothing_over_masked_tokens(backend: str, device: str) -> None:
     check_call(*given, backend=backend, reduction="none", label_smoothing=0.1, **BOTH)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_term_of_weight_0(backend: str, device: str, reduction: str) -> None:
+    """Likewise a teacher that is not asked for anything but its part."""
+    student, teacher, labels = inputs((2,), 127, device=device)
+    teacher[0, 3] = torch.nan
+    arguments = {"hard_weight": 1.0, "soft_weight": 0.0, "reduction": reduction}
+    leaf = student.requires_grad_()
+    parts = fastkd.kd_loss(leaf, teacher, labels, return_parts=True, backend=backend, **arguments)
+    assert parts.soft.isnan() and parts.hard.isfinite()
+    parts.loss.sum().backward()
+    check_gradient(leaf.grad, expect(student.detach(), teacher, labels, **arguments)[1])
+
+
 @pytest.mark.parametrize("term", ["hard", "soft"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_infinite_term_of_weight_0(backend: str, device: str, reduction: str, term: str) -> None:

@@ -184,6 +184,8 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
 
 
 def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:
-    if hard_scale is None or soft_scale is None:
-        return soft * soft_scale if hard_scale is None else hard * hard_scale
-    return torch.addcmul(hard * hard_scale, soft, soft_scale)
+    if hard_scale is None:
+        assert soft_scale is not None
+        return soft * soft_scale
+    weighted = hard * hard_scale
+    return weighted if soft_scale is None else torch.addcmul(weighted, soft, soft_scale)

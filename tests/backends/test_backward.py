@@ -32,6 +32,14 @@ def test_grad_output_of_a_scalar_loss(backend: str, device: str, dtype: torch.dt
     check_call(*given, backend=backend, grad_output=torch.tensor(value, device=device), **BOTH)
 
 
+def test_scaling_of_the_smallest_float16(backend: str, device: str) -> None:
+    """Below 6e-5 they have fewer digits, and no kernel may take them for 0."""
+    grad = torch.tensor([1e-5, -3e-6, 6e-8, 2e-4], dtype=torch.float16, device=device).repeat(3, 40)
+    expected = (grad.double() * 64.0).half()
+    torch.ops.fastkd.scale_(grad, torch.tensor(64.0, device=device), backend)
+    assert torch.equal(grad, expected)
+
+
 def test_grad_output_over_tiles(backend: str, device: str) -> None:
     given = inputs((2,), 4099, device=device)
     check_call(*given, backend=backend, grad_output=torch.tensor(2.5, device=device), **BOTH)

@@ -48,6 +48,23 @@ def test_more_than_2_31_elements(backend: str, reduction: str) -> None:
     assert torch.isfinite(loss).all()
 
 
+# One of each cluster size in either dtype, what lies about 48 KB and an SM's half, and the longest row of one pass.
+@pytest.mark.parametrize("columns", [5500, 6100, 11500, 12270, 23000, 24500, 52000, 54000, 108000, 216000, 262144])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_grids(backend: str, dtype: torch.dtype, columns: int) -> None:
+    given = inputs((3,), columns, dtype, device="cuda")
+    for name in ("forward_kl", "jsd(0.5)"):
+        arguments = {"temperature": 2.0, "hard_weight": 0.3, "divergence": name, "backend": backend}
+        check_call(*given, **arguments)
+        check_call(*given, reduction="none", **arguments)
+    logits = given.student.requires_grad_()
+    log_probs = fastkd.log_softmax(logits, temperature=2.0, backend=backend)
+    (grad,) = torch.autograd.grad(log_probs, logits, given.teacher)
+    exact = logits.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.log_softmax(exact / 2.0, -1), exact, given.teacher.double())
+    check_gradient(grad, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_graph_capture(backend: str, name: str, reduction: str) -> None:

@@ -16,8 +16,10 @@ namespace {
 
 // Waking a thread costs about 10 µs: some 64 KB of logits on one core.
 constexpr int64_t kBytesPerThread = 128 * 1024;
-// Rows are handed out in runs of about this size, so that the counter is not fought over.
-constexpr int64_t kBytesPerRun = 32 * 1024;
+// Rows are handed out in runs of about this size: so large that two threads rarely meet in a large page of fresh memory,
+// which each would then clear; and at least so many a thread that none waits long for the last.
+constexpr int64_t kBytesPerRun = 4 << 20;
+constexpr int64_t kRunsPerThread = 16;
 
 float* scratch_of(int64_t floats) {
     thread_local std::unique_ptr<float[]> kept;
@@ -113,7 +115,7 @@ void parallel_rows(int64_t rows, int64_t row_bytes, int threads, int64_t scratch
                    void (*row)(const void*, int64_t, float*)) {
     const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
     const int64_t wanted = at_most(at_most(threads, rows), rows * row_bytes / kBytesPerThread);
-    const int64_t run = kBytesPerRun / (row_bytes + 1) + 1;
+    const int64_t run = at_most(kBytesPerRun / (row_bytes + 1), rows / (kRunsPerThread * (wanted + 1))) + 1;
     Job job{rows, run, scratch_floats, context, row};
     scratch_of(scratch_floats);  // what it throws, it throws before other threads know of the job
     if (wanted > 1) {

@@ -119,13 +119,15 @@ def kd_loss(
     )  # fmt: skip
     has_hard = bool(hard_weight)
     has_soft = soft_weight != 0 or not has_hard
-    # A part that is not in the loss by itself, lest a NaN of it reach the gradient.
-    alone = partial(_autograd.kd_rows, student_logits.detach(), spec=spec, per_row=True, inplace=False, backend=name)
     hard_alone = soft_alone = None
-    if return_parts and not has_hard and labels is not None:
-        hard_alone = alone(None, labels, scale, None)[1]
-    if return_parts and soft_weight == 0:
-        soft_alone = alone(teacher_logits, None, None, scale)[2]
+    if return_parts:  # a part that is not in the loss by itself, lest a NaN of it reach the gradient
+        alone = partial(
+            _autograd.kd_rows, student_logits.detach(), spec=spec, per_row=True, inplace=False, backend=name
+        )
+        if not has_hard and labels is not None:
+            hard_alone = alone(None, labels, scale, None)[1]
+        if soft_weight == 0:
+            soft_alone = alone(teacher_logits, None, None, scale)[2]
     t2 = temperature * temperature if scale_soft_by_t2 else 1.0
     loss, hard, soft = _autograd.kd_rows(
         student_logits,

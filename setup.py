@@ -19,8 +19,12 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CUDA_BIN = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-NVCC = shutil.which("nvcc", path=CUDA_BIN) or shutil.which("nvcc")
+CUDA_HOME = os.environ.get("CUDA_HOME")
+NVCC = (
+    (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
+    or shutil.which("nvcc")
+    or shutil.which("nvcc", path="/usr/local/cuda/bin")
+)
 CUDA_ARCHS = ("80", "90", "100", "120")
 
 
@@ -82,9 +86,9 @@ class BuildOptional(build_ext):
             raise RuntimeError("needs nvcc")
         includes = [f"-I{folder}" for folder in (*ext.include_dirs, sysconfig.get_path("include"))]
         flags = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
-        compiler = [NVCC, *flags, *includes]
-        # One folder a command: objects of other flags are not these.
-        folder = os.path.join(self.build_temp, "cuda", hashlib.sha256(" ".join(compiler).encode()).hexdigest()[:16])
+        # Objects of other flags, or of another nvcc, are not these.
+        key = hashlib.sha256(" ".join([*flags, run([NVCC, "--version"])]).encode()).hexdigest()[:16]
+        folder = os.path.join(self.build_temp, "cuda", key)
         os.makedirs(folder, exist_ok=True)
         headers = max(os.path.getmtime(path) for path in glob("csrc/*.h") + glob("csrc/cuda/*.*h"))
 
@@ -92,7 +96,7 @@ class BuildOptional(build_ext):
             target = os.path.join(folder, os.path.basename(source) + ".o")
             newest = max(headers, os.path.getmtime(source))
             if self.force or not os.path.exists(target) or os.path.getmtime(target) < newest:
-                run([*compiler, "-c", source, "-o", target])
+                run([NVCC, *flags, *includes, "-c", source, "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -108,7 +112,9 @@ def architectures() -> list[str]:
     Not below 90, though: that PTX has no clusters, which are launched on every GPU from sm_90 on.
     """
     known = run([NVCC, "--list-gpu-arch"]).split()
-    archs = listed("FASTKD_CUDA_ARCHS") or [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    archs = [arch.replace(".", "") for arch in listed("FASTKD_CUDA_ARCHS")] or [
+        arch for arch in CUDA_ARCHS if f"compute_{arch}" in known
+    ]
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
     if newest.isdigit() and int(newest) >= 90:

@@ -62,8 +62,8 @@ void kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintpt
              int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s, float w,
              float smoothing, bool from_stats, int threads) {
     const fastkd::KDRowsParams p =
-        fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows, n, columns,
-                               temperature, formula, c_t, c_s, w, smoothing, from_stats);
+        fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows, n,
+                               columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     const fastkd::Numbers numbers{static_cast<fastkd::Formula>(formula), c_t, c_s, w};
     if (p.u.data && !fastkd::Divergences::dispatch(numbers, [](const auto&) {}))
         throw py::value_error("kd_rows: no functor has these numbers");

@@ -3,7 +3,7 @@
 // Math    a = log p_t, b = log p_s, d = a − b, m = w·p_t + (1−w)·p_s; D = Σ term and g = ∂D/∂b. The family is
 //         c_t·KL(p_t‖m) + c_s·KL(p_s‖m); its term has the masses m − p added, which sum to 0 over a row: then every
 //         term is >= 0 and the rounding of the normalisers cancels, so a divergence near 0 keeps its digits.
-// Exact   Each functor has column<kExact>(b, d, p_t, p_s). With kExact a term near 0 has all its digits, which costs two
+// Exact   Each functor has column<kExact>(b, d, p_t, p_s). With kExact a term near 0 has all its digits, which costs
 //         series; without, it is off by some 1e-7 of p, which is enough for g, and for a sum that is not small itself.
 // Rules   0·log 0 = 0 and 0·inf = 0; d is 0 where both sides are −inf. Neither loads, nor a temperature, nor a max.
 #pragma once
@@ -140,6 +140,20 @@ struct TotalVariation {
     FASTKD_HD TermGrad column(float, float, float p_t, float p_s) const {
         const float half = p_s > p_t ? 0.5f : p_s < p_t ? -0.5f : p_s - p_t;  // the last keeps a NaN
         return {half * (p_s - p_t), half * p_s};
+    }
+};
+
+// Stands for the divergence where there is no soft term.
+struct NoSoftTerm {
+    static constexpr bool kExactDiffers = false;
+    static constexpr bool kGradNeedsRatio = false;
+    static constexpr Moment kMoment = Moment::kNone;
+    static constexpr GradSum kGradSum = GradSum::kConstant;
+
+    FASTKD_HD float weight() const { return 0.0f; }
+    template <bool kExact>
+    FASTKD_HD TermGrad column(float, float, float, float) const {
+        return {0.0f, 0.0f};
     }
 };
 

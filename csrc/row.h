@@ -13,9 +13,6 @@
 namespace fastkd {
 inline namespace FASTKD_ISA {
 
-// How softmax(z) at temperature 1 comes about: exp(z) = exp(z/T)^T saves an exponential at small integer T.
-enum class Hard : int { kNone = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwn = 5 };
-
 // d = log p_t − log p_s = (u − z)/T − shift: from the difference of the logits, which is exact where they are close.
 FASTKD_HD float log_ratio(float z, float u, float inv_t, float shift) {
     return (u == z ? 0.0f : u - z) * inv_t - shift;  // u == z: both may be −inf

@@ -112,20 +112,21 @@ class _LossPerRow(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         hard, soft, stats, _ = _op.kd_rows(student, teacher, labels, hard_scale, soft_scale, *spec, False, backend)
         # What torch.inference_mode() made cannot be saved, but can be kept.
-        kept = None if torch.compiler.is_compiling() or teacher is None or not teacher.is_inference() else teacher
-        saved = teacher if kept is None else None
-        ctx.save_for_backward(student, saved, labels, hard_scale, soft_scale, stats)
+        given = (teacher, labels)
+        ctx.kept = [t if _is_inference(t) else None for t in given]
+        saved = (t if kept is None else None for t, kept in zip(given, ctx.kept, strict=True))
+        ctx.save_for_backward(student, *saved, hard_scale, soft_scale, stats)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
-        ctx.kept, ctx.spec, ctx.inplace, ctx.backend = kept, spec, inplace, backend
+        ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
         return _weighted(hard, soft, hard_scale, soft_scale), hard, soft
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
             return (None,) * 8
-        student, teacher, labels, hard_scale, soft_scale, stats = ctx.saved_tensors
-        teacher = teacher if ctx.kept is None else ctx.kept
+        student, *saved, hard_scale, soft_scale, stats = ctx.saved_tensors
+        teacher, labels = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
         # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
         hard_scale, soft_scale = (
             s if s is None else torch.where(s == 0, 0.0, s * grad_loss) for s in (hard_scale, soft_scale)
@@ -181,6 +182,10 @@ def kd_rows(
 def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
     log_probs: Tensor = _LogSoftmax.apply(logits, temperature, dtype, backend)  # type: ignore[no-untyped-call]
     return log_probs
+
+
+def _is_inference(tensor: Tensor | None) -> bool:
+    return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:

@@ -62,19 +62,22 @@ class use_backend:
 
     def __init__(self, name: str | None) -> None:
         global _override
-        self._previous = _override
+        self._previous = [_override]
         self._name = _override = _check_name("use_backend", name)
+        self._is_new = True
 
     def __enter__(self) -> None:
         global _override
-        if _override != self._name:  # entered again, or after another
-            self._previous, _override = _override, self._name
+        if not self._is_new:  # entered again
+            self._previous.append(_override)
+            _override = self._name
+        self._is_new = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _override
-        _override = self._previous
+        _override = self._previous.pop()
 
 
 def requested(name: str | None) -> str:

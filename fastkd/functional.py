@@ -45,7 +45,7 @@ def kd_loss(
     return_parts: bool = False,
     backend: str | None = None,
 ) -> Tensor | KDLossParts:
-    """Knowledge-distillation loss over logits, its gradient computed in the same pass.
+    """Knowledge-distillation loss over logits, its gradient computed in the same pass (float32, bfloat16; not "none").
 
     Per row ``hard_weight · CE(labels, student) + soft_weight · T² · D(softmax(teacher/T), softmax(student/T))``, the
     cross-entropy at temperature 1 (Hinton et al., 2015, Distilling the Knowledge in a Neural Network). Nothing is
@@ -133,7 +133,7 @@ def kd_loss(
         student_logits,
         teacher_logits if has_soft else None,
         labels if has_hard else None,
-        scale * (hard_weight or 0.0) if has_hard else None,
+        scale * hard_weight if has_hard else None,  # type: ignore[operator]
         scale * (soft_weight * t2) if has_soft else None,
         spec,
         per_row=reduction == "none",
@@ -204,6 +204,7 @@ def _row_scale(
         return scale
     if num_items is None:
         num_items = max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1)
-    elif isinstance(num_items, Tensor):  # of 0 items the mean is 0
-        return torch.where(num_items > 0, scale / num_items.to(dtype), 0.0)
+    elif isinstance(num_items, Tensor):
+        # Of 0 items the mean is 0. All on its own device: a number of the CPU's then costs a GPU no wait.
+        return scale * torch.where(num_items != 0, 1.0 / num_items.to(dtype), 0.0)
     return scale / num_items

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from fastkd.divergences import Divergence, resolve
 from fastkd.functional import KDLossParts, kd_loss
 
-_KEYWORDS = frozenset(inspect.signature(kd_loss).parameters)
-
 
 class KDLoss(nn.Module):
     """:func:`fastkd.kd_loss` with its keywords as attributes, which a schedule may change from call to call.
@@ -58,7 +56,7 @@ class KDLoss(nn.Module):
 
     def keywords(self) -> dict[str, Any]:
         """What :func:`fastkd.kd_loss` is called with at every call."""
-        return {name: value for name, value in vars(self).items() if name in _KEYWORDS}
+        return {name: getattr(self, name) for name in _KEYWORDS}
 
     def forward(
         self,
@@ -82,3 +80,6 @@ class KDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords().items())
+
+
+_KEYWORDS = tuple(inspect.signature(KDLoss).parameters)

@@ -3,7 +3,7 @@
 Math    a = log p_t, b = log p_s, d = a − b, m = w·p_t + (1−w)·p_s; D = Σ term and g = ∂D/∂b. The family is
         c_t·KL(p_t‖m) + c_s·KL(p_s‖m); its term has the masses m − p added, which sum to 0 over a row: then every term
         is >= 0 and the rounding of the normalisers cancels, so a divergence near 0 keeps its digits.
-Exact   With EXACT a term near 0 has all its digits, which costs two series; without, it is off by some 1e-7 of p, which
+Exact   With EXACT a term near 0 has all its digits, which costs series; without, it is off by some 1e-7 of p, which
         is enough for g, and for a sum that is not small itself.
 Rules   0·log 0 = 0 and 0·inf = 0; d is 0 where both sides are −inf. Neither loads, nor a temperature, nor a max here.
 """

@@ -1,4 +1,4 @@
-"""The row operation: losses and gradient of one token a program, in two reads of the logits (three for mixtures).
+"""The row operation: losses and gradient of one token a program, in two reads of the logits where one sum allows it.
 
 Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft = Σ term(a, b); G = Σ g(a, b);
         dz = hard_scale·(softmax(z) − 1_y) + soft_scale/T·(g − p_s·G).
@@ -9,7 +9,7 @@ Stages  1 normalisers, walking forward; 2 sums of term and g; 3 gradient. Stages
         tail is still in L2. S comes with stage 1 where a mean of d gives it (MOMENT), and stage 2 is left out; where
         that mean has not the digits, or G is not known otherwise, stage 2 sums both.
 Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 7] fp32.
-Bytes   an element, e bytes wide: loss 2e; loss and gradient 5e; 2e more with stage 2; gradient from statistics 3e.
+Bytes   an element, e bytes wide: loss 2e; loss and gradient 5e; 2e more for each stage 2; gradient from statistics 3e.
         The floors are 2e, 3e and 3e: a row of both tensors does not fit in one SM.
 Grid    one program a row, BLOCK columns a step. A row whose scales are 0 is not read.
 """
@@ -170,7 +170,8 @@ def kd_rows_kernel(
                 if SMOOTH:
                     sum_z += tl.sum(tl.where(inside(tile, head, length, BLOCK, VEC), z - anchor, 0.0), 1)
 
-        # The row's, from its lanes'.
+        # The row's, from its lanes'. The label's logit is loaded before the sums, whose barriers keep it from what other
+        # warps store, where dz is z.
         z_shift = shift_of(tl.max(z_peak, 0))
         z_drop = z_peak - z_shift
         tl.store(stats_ptr + PEAK_STUDENT, z_shift)

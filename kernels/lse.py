@@ -2,7 +2,7 @@
 
 Math    a state is (peak, Σ exp((x − peak)·k)); a larger peak rescales the sum by exp((old − new)·k).
 Lanes   A tile of BLOCK columns is [BLOCK/VEC, VEC]: a lane holds VEC columns side by side, which is 16 bytes, and keeps
-        a state of its own to the end of the row. So a tile needs no barrier, and its loads do not wait for others'.
+        a state of its own to the end of the row. So a tile needs no barrier to be summed, and its loads do not wait.
 Tiles   A row whose start is not 16-byte aligned is walked from the aligned address before it (``head`` columns early),
         so that all tiles but the first and the last load and store 16 bytes unmasked.
 """

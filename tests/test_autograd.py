@@ -151,17 +151,18 @@ def test_without_grad(backend: str, mode: Any, reduction: str) -> None:
 
 
 def test_inference_tensors(backend: str) -> None:
-    """A teacher computed in inference mode beside a student that trains."""
-    student, teacher, labels = inputs((2,), 127)
-    with torch.inference_mode():
-        inferred = teacher * 1
-    for reduction in ("mean", "none"):
-        grads = []
-        for given in (teacher, inferred):
-            leaf = student.clone().requires_grad_()
-            fastkd.kd_loss(leaf, given, labels, reduction=reduction, backend=backend, **BOTH).sum().backward()
-            grads.append(leaf.grad)
-        assert same_bits(*grads)
+    """A teacher computed, and tokens sampled, in inference mode beside a student that trains."""
+    for dtype in (torch.float32, torch.float16):
+        student, *given = inputs((2,), 127, dtype)
+        with torch.inference_mode():
+            inferred = [tensor.clone() for tensor in given]
+        for reduction in ("mean", "none"):
+            grads = []
+            for teacher, labels in (given, inferred):
+                leaf = student.clone().requires_grad_()
+                fastkd.kd_loss(leaf, teacher, labels, reduction=reduction, backend=backend, **BOTH).sum().backward()
+                grads.append(leaf.grad)
+            assert same_bits(*grads)
 
 
 class TestInPlace:

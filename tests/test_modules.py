@@ -68,6 +68,18 @@ def test_is_a_module() -> None:
     assert "Divergence(name='jsd', c_t=0.3" in repr(module)
 
 
+def test_what_a_module_keeps_elsewhere_is_no_less_an_argument() -> None:
+    """A parameter is refused as by the function, and not passed over."""
+    student, teacher, _ = inputs((2,), 17)
+    module = fastkd.KDLoss()
+    module.temperature = torch.nn.Parameter(torch.tensor(5.0))
+    with pytest.raises(TypeError, match=r"^temperature: got Parameter, must be a number"):
+        module(student, teacher)
+    module = fastkd.KDLoss()
+    module.mask = torch.zeros(2, dtype=torch.bool)  # no keyword of its constructor
+    assert torch.equal(module(student, teacher), fastkd.kd_loss(student, teacher))
+
+
 def test_an_attribute_is_the_keyword() -> None:
     """A schedule sets it."""
     student, teacher, _ = inputs((2,), 17)

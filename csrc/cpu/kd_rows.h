@@ -52,16 +52,9 @@ inline void with_hard(Hard mode, Visit&& visit) {
     return visit(HardTag<Hard::kOwn>());
 }
 
-// Stands for the divergence where there is no soft term.
-struct NoDivergence {
-    static constexpr bool kGradNeedsRatio = false;
-    static constexpr Moment kMoment = Moment::kNone;
-    static constexpr GradSum kGradSum = GradSum::kConstant;
-};
-
 template <class Functor>
 class Row {
-    static constexpr bool kSoft = !std::is_same_v<Functor, NoDivergence>;
+    static constexpr bool kSoft = !std::is_same_v<Functor, NoSoftTerm>;
     static constexpr bool kSummed = kSoft && Functor::kGradSum == GradSum::kSummed;
 
    public:
@@ -160,8 +153,8 @@ class Row {
             with_hard<kSoft>(hard_mode_, [&](auto hard) {
                 around_label(t, [&](int first, int end, bool is_label) {
                     const float others = sums.hard;
-                    exponentials_of<hard.value, Functor::kMoment>(t, first, end, shift_of(z_peaks_[i]), shift_of(u_peaks_[i]),
-                                                                  shift_of(z_peaks_[i]), t.at, sums);
+                    const float z_shift = shift_of(z_peaks_[i]), u_shift = shift_of(u_peaks_[i]);
+                    exponentials_of<hard.value, Functor::kMoment>(t, first, end, z_shift, u_shift, z_shift, t.at, sums);
                     if (is_label) sums.hard = others;
                 });
             });

@@ -9,7 +9,7 @@
 namespace fastkd {
 inline namespace FASTKD_ISA {
 
-int64_t kd_scratch(const KDRowsParams& p) { return Row<NoDivergence>::scratch_floats(p); }
+int64_t kd_scratch(const KDRowsParams& p) { return Row<NoSoftTerm>::scratch_floats(p); }
 
 void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
     const bool hard = p.labels && p.hard_scale[row] != 0.0f;
@@ -27,7 +27,7 @@ void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
     };
     const Numbers numbers{static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w};
     if (!p.u.data)
-        run(NoDivergence());
+        run(NoSoftTerm());
     else
         Divergences::dispatch(numbers, run);
     if (dz) std::memset(dz + p.n * size, 0, (p.columns - p.n) * size);

@@ -16,8 +16,8 @@ namespace {
 
 // Waking a thread costs about 10 µs: some 64 KB of logits on one core.
 constexpr int64_t kBytesPerThread = 128 * 1024;
-// Rows are handed out in runs of about this size: so large that two threads rarely meet in a large page of fresh memory,
-// which each would then clear; and at least so many a thread that none waits long for the last.
+// Rows are handed out in runs of about this size: so large that two threads rarely meet in a large page of fresh
+// memory, which each would then clear; and at least so many a thread that none waits long for the last.
 constexpr int64_t kBytesPerRun = 4 << 20;
 constexpr int64_t kRunsPerThread = 16;
 
@@ -26,6 +26,7 @@ float* scratch_of(int64_t floats) {
     thread_local int64_t size = 0;
     if (size < floats) {
         kept.reset();
+        size = 0;
         kept.reset(new float[floats + 16]);
         size = floats;
     }

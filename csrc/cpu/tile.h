@@ -11,6 +11,18 @@ inline namespace FASTKD_ISA {
 
 constexpr int kTile = 1024;  // columns: six tiles of floats are 24 KB of L1
 
+// How softmax(z) at temperature 1 comes about: exp(z) = exp(z/T)^T saves an exponential at small integer T.
+enum class Hard : int { kNone = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwn = 5 };
+
+template <int kPower>
+FASTKD_HD float integer_power(float x) {
+    static_assert(kPower >= 1 && kPower <= 4, "powers 1 to 4");
+    if constexpr (kPower == 1) return x;
+    if constexpr (kPower == 2) return x * x;
+    if constexpr (kPower == 3) return x * x * x;
+    return (x * x) * (x * x);
+}
+
 // Largest of n values, −inf for none; NaN is passed over.
 FASTKD_TILE_LOOP inline float max_of(const float* x, int n) {
     float peak = -kInfinity;
@@ -40,8 +52,8 @@ struct ExpSums {
 // Stage 1: the exponentials of a tile, and their sums.
 //   e_s = exp((z − z_shift)/T), e_t = exp((u − u_shift)/T); e_h = exp(z − h_shift), kept only if it is no power of e_s
 template <bool kSoft, Hard kHard, Moment kMoment>
-FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n, float z_shift, float u_shift, float h_shift,
-                         float k, float* e_s, float* e_t, float* e_h, ExpSums& sums) {
+FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n, float z_shift, float u_shift,
+                                          float h_shift, float k, float* e_s, float* e_t, float* e_h, ExpSums& sums) {
     float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f;
 #pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment)
     for (int j = 0; j < n; ++j) {
@@ -85,8 +97,8 @@ struct TermSums {
 
 // Stage 2: the sums of term and g. g is kept in e_t's place if asked for.
 template <bool kKeepG, class Functor>
-FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, const float* u, int n, const TileFactors& by,
-                     const float* e_s, float* e_t, TermSums& sums) {
+FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, const float* u, int n,
+                                      const TileFactors& by, const float* e_s, float* e_t, TermSums& sums) {
     float sum_term = 0.0f, sum_g = 0.0f;
     const TileFactors f = by;
 #pragma omp simd reduction(+ : sum_term, sum_g)
@@ -106,8 +118,9 @@ enum class GradSource { kNoSoft, kFunctor, kKept };
 
 // Stage 3. dz may be z.
 template <GradSource kSource, Hard kHard, class Functor>
-FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, const float* u, int n, const TileFactors& by,
-                     const float* e_s, const float* e_t, const float* e_h, float* dz) {
+FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, const float* u, int n,
+                                      const TileFactors& by, const float* e_s, const float* e_t, const float* e_h,
+                                      float* dz) {
     const TileFactors f = by;
 #pragma omp simd
     for (int j = 0; j < n; ++j) {

@@ -5,15 +5,14 @@
 // Shapes  z, u, dz [B, S, columns] fp32|bf16|fp16, last stride 1; labels [N] int64; scales, losses [N]; stats [N, 7].
 // Bytes   an element, e bytes wide. Resident: each logit is read once into shared memory and stays there between the
 //         stages: loss 2e, loss and gradient 3e, the floor. Otherwise each stage reads the row again, from L2 where it
-//         still is: loss 2e, loss and gradient 5e, and 2e more with stage 2; gradient from statistics 3e.
-// Work    at T = 2, bytes at 3 TB/s leave an H100 57 instructions a column of bfloat16, of which 4 may be exponentials.
-//         So what only the label's column, a ragged end, smoothing or another T needs is kept out of the main loops.
+//         still is: loss 2e, loss and gradient 5e, and 2e more for each stage 2; gradient from statistics 3e.
+// Work    at T = 2, bytes at 3 TB/s leave an H100 57 instructions a column of bfloat16; 4 of them are exponentials. So
+//         what only the label's column, a ragged end, smoothing or another T needs is kept out of the main loops.
 // Grid    N·C blocks of up to 256 threads in clusters of C (1, 2, 4, 8 or 16). Each block has a contiguous slice of
 //         the row, whose vectors its threads take in turn.
 // Merge   A warp merges its lanes by shuffles, then writes its state to its slot in every block of the cluster; after
 //         one cluster barrier each warp merges all slots, in the same order everywhere, so results are deterministic.
-//         The barriers of a row: that everyone has started (hidden behind the loads), stage 1, and stage 2 if there is
-//         one.
+//         The barriers of a row: that everyone has started (hidden behind the loads), stage 1, and each stage 2.
 #pragma once
 
 #include <cmath>
@@ -24,19 +23,6 @@
 #include "reduce.cuh"
 
 namespace fastkd {
-
-// The functor of a call without a soft term.
-struct NoSoftTerm {
-    Numbers numbers;
-    static constexpr bool kExactDiffers = false;
-    static constexpr Moment kMoment = Moment::kNone;
-    static constexpr GradSum kGradSum = GradSum::kConstant;
-    FASTKD_HD float weight() const { return 0.0f; }
-    template <bool kExact>
-    FASTKD_HD TermGrad column(float, float, float, float) const {
-        return {0.0f, 0.0f};
-    }
-};
 
 struct RowState {
     float z_peak = -kInfinity, u_peak = -kInfinity;
@@ -173,8 +159,13 @@ FASTKD_D float normalise(RowNumbers& row, const RowState& state, float z_y, floa
     return term.loss - (row.smooth ? smoothing * (state.sum_z / static_cast<float>(n)) : 0.0f);
 }
 
+// A walk that sums terms takes more registers.
+template <class Functor, bool kSoft>
+constexpr int kBlocks = kSoft && Functor::kMoment == Moment::kNone ? 2 : 3;
+
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 : 3) kd_rows_kernel(const KDRowsParams p, const Functor functor) {
+FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<Functor, kSoft>))
+kd_rows_kernel(const KDRowsParams p, const Functor functor) {
     FASTKD_SHARED(Slots<7>, state_slots);
     FASTKD_SHARED(Slots<2>, sum_slots);
     FASTKD_SHARED(Slots<2>, exact_slots);
@@ -216,7 +207,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 
     const int label_index = reader.index_of(valid ? row.label : n + kColumns);
     const int label_first = reader.column(label_index);
     const bool walks_label = reader.walks(label_index);
-    // Before anyone writes over it; from statistics only the one that will needs it.
+    // Before anyone writes over it. From statistics only the thread that writes the label's gradient reads it.
     const float z_y = valid && (walks_label || !p.from_stats) ? to_float(z_data[label]) : kNaN;
     row.anchor = shift_of(z_y);
     float* stats = p.stats + index * kNumStats;
@@ -279,7 +270,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS(Functor::kMoment == Moment::kNone && kSoft ? 2 
             slots.publish({warp_sum(sums.term), warp_sum(sums.g)});
             cluster_arrive();
             cluster_wait();
-            soft = {slots.sum(0), !(slots.sum(0) < kFewDigits)};
+            // Twice that, since the hardware's logarithm is off by up to 4e-7.
+            soft = {slots.sum(0), !(slots.sum(0) < 2.0f * kFewDigits)};
             if (Functor::kGradSum != GradSum::kConstant) row.grad_sum = slots.sum(1);
         };
         // Every block of the cluster takes the same way.

@@ -22,7 +22,7 @@ std::string launch_kd_rows(const KDRowsParams& params, cudaStream_t stream) {
                       p.columns, arguments, stream);
     };
     const Numbers numbers{static_cast<Formula>(params.formula), params.c_t, params.c_s, params.w};
-    if (!params.u.data) return run(NoSoftTerm{numbers}, std::false_type{});
+    if (!params.u.data) return run(NoSoftTerm{}, std::false_type{});
     std::string status = "kd_rows: no functor has these numbers";
     Divergences::dispatch(numbers, [&](const auto& functor) { status = run(functor, std::true_type{}); });
     return status;

@@ -47,9 +47,12 @@ struct Config {
     Config(const Config&) = delete;
 };
 
-// Opts a kernel in to its shared memory and cluster. Sets ``fits`` to whether the device can hold one such cluster: its
-// SMs, or the part of them that this process was given, may be too few.
+constexpr Plan kStreaming = {false, 1, kMaxThreads, 0};
+
+// Opts a kernel in to its shared memory and cluster, and says whether the device can hold one such cluster: its SMs, or
+// the part of them that this process was given, may be too few.
 cudaError_t prepare(const void* kernel, const Plan& plan, const Limits& limits, bool& fits) {
+    fits = true;
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               limits.block_shared - kStaticBytes);
     if (status == cudaSuccess && plan.cluster > 8)
@@ -62,7 +65,7 @@ cudaError_t prepare(const void* kernel, const Plan& plan, const Limits& limits, 
     return status;
 }
 
-// The plan for this kernel on the current device, prepared once.
+// The plan of a kernel on the current device, and the kernel prepared for it, once.
 cudaError_t prepared_plan(const void* resident, int64_t vectors, int tensors, Plan& chosen) {
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, int64_t>, Plan> known;
@@ -70,17 +73,19 @@ cudaError_t prepared_plan(const void* resident, int64_t vectors, int tensors, Pl
     cudaError_t status = cudaGetDevice(&device);
     if (status != cudaSuccess) return status;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto [entry, fresh] = known.try_emplace({device, resident, vectors}, chosen);
-    if (fresh) {
-        Limits limits;
-        bool fits = true;
-        status = read_limits(device, limits);
-        if (status == cudaSuccess) entry->second = plan(limits, vectors, tensors);
-        if (status == cudaSuccess && entry->second.resident) status = prepare(resident, entry->second, limits, fits);
-        if (!fits) entry->second = chosen;
-        if (status != cudaSuccess) known.erase(entry);
+    const std::tuple key{device, resident, vectors};
+    if (const auto found = known.find(key); found != known.end()) {
+        chosen = found->second;
+        return cudaSuccess;
     }
-    if (status == cudaSuccess) chosen = entry->second;
+    Limits limits;
+    status = read_limits(device, limits);
+    if (status != cudaSuccess) return status;
+    chosen = plan(limits, vectors, tensors);
+    bool fits = true;
+    if (chosen.resident) status = prepare(resident, chosen, limits, fits);
+    if (!fits) chosen = kStreaming;
+    if (status == cudaSuccess) known.emplace(key, chosen);
     return status;
 }
 
@@ -99,15 +104,15 @@ Plan plan(const Limits& limits, int64_t vectors, int tensors) {
             return {true, cluster, static_cast<int>(std::min<int64_t>(threads, kMaxThreads)), shared};
         }
     }
-    return {false, 1, kMaxThreads, 0};
+    return kStreaming;
 }
 
 std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
                    void** arguments, cudaStream_t stream) {
-    Plan grid = {false, 1, kMaxThreads, 0};
+    Plan grid = kStreaming;
     cudaError_t status = cudaSuccess;
-    if (kernels.resident) status = prepared_plan(kernels.resident, vectors, tensors, grid);
-    if (rows * grid.cluster > INT_MAX || columns > INT_MAX / 2) status = cudaErrorInvalidConfiguration;
+    if (rows > INT_MAX / kMaxCluster || columns > INT_MAX / 2) status = cudaErrorInvalidConfiguration;
+    if (status == cudaSuccess && kernels.resident) status = prepared_plan(kernels.resident, vectors, tensors, grid);
     if (status == cudaSuccess) {
         const void* kernel = grid.resident ? kernels.resident : kernels.streaming;
         const Config all(grid, rows, stream);

@@ -12,7 +12,7 @@ namespace fastkd {
 // What of a device decides a grid; sizes in bytes.
 struct Limits {
     int major;                                     // of its compute capability
-    int block_shared, sm_shared, reserved_shared;  // shared memory: the most of a block, of an SM, CUDA's own of a block
+    int block_shared, sm_shared, reserved_shared;  // shared memory: the most of a block, of an SM; CUDA's of a block
 };
 
 struct Plan {

@@ -35,19 +35,19 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p)
 #pragma unroll
         for (int j = 0; j < Vec<T>::kColumns; ++j) peak = max(x[j], peak);
         const float shift = shift_of(peak);
-        sum *= exp2((old - shift) * k);
+        sum *= rescale(old, peak, k);
 #pragma unroll
         for (int j = 0; j < Vec<T>::kColumns; ++j) sum += exp2((x[j] - shift) * k);
     });
     const float warp_peak = warp_max(peak);
-    sum = warp_sum(sum * exp2((peak - shift_of(warp_peak)) * k));
+    sum = warp_sum(sum * rescale(peak, warp_peak, k));
     cluster_wait();
     slots.publish({warp_peak, sum});
     cluster_arrive();
     cluster_wait();
     peak = slots.max(0);
     const float shift = shift_of(peak);
-    sum = slots.sum_of([&](int slot) { return slots.values[1][slot] * exp2((slots.values[0][slot] - shift) * k); });
+    sum = slots.sum_of([&](int slot) { return slots.values[1][slot] * rescale(slots.values[0][slot], peak, k); });
     const float log_sum = log2f(sum) * kLn2;
 
     const Row<Out> out_row(reinterpret_cast<Out*>(p.out.row(index, p.inner_rows)), n, reader.head);

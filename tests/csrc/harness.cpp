@@ -50,23 +50,21 @@ void narrow_float16(const float* x, int64_t n, uint16_t* out) {
     }
 }
 
-// The log₂-sum-exp of x, each element its own update, and of its two halves, merged.
-void log_sum_exp_of(const float* x, int64_t n, float k, float* updated, float* merged) {
-    LogSumExp all, left, right;
-    for (int64_t i = 0; i < n; ++i) {
-        all = update(all, x[i], k);
-        (i < n / 2 ? left : right) = update(i < n / 2 ? left : right, x[i], k);
-    }
-    const LogSumExp both = merge(left, right, k);
-    updated[0] = all.peak, updated[1] = all.sum;
-    merged[0] = both.peak, merged[1] = both.sum;
+// The log₂-sum-exp of x in two halves, moved to their larger peak and added: (peak, sum).
+void log_sum_exp_of(const float* x, int64_t n, float k, float* merged) {
+    float peaks[2] = {-kInfinity, -kInfinity}, sums[2] = {0.0f, 0.0f};
+    for (int64_t i = 0; i < n; ++i) peaks[i < n / 2] = fastkd::max(x[i], peaks[i < n / 2]);
+    for (int64_t i = 0; i < n; ++i) sums[i < n / 2] += fastkd::exp2((x[i] - shift_of(peaks[i < n / 2])) * k);
+    merged[0] = fastkd::max(peaks[0], peaks[1]);
+    merged[1] = sums[0] * rescale(peaks[0], merged[0], k) + sums[1] * rescale(peaks[1], merged[0], k);
 }
 
 bool divergence_of(int formula, float c_t, float c_s, float w, const float* b, const float* d, const float* p_t,
-                   const float* p_s, int64_t n, float* term, float* g) {
+                   const float* p_s, int64_t n, bool exact, float* term, float* g) {
     return Divergences::dispatch({static_cast<Formula>(formula), c_t, c_s, w}, [&](const auto& functor) {
         for (int64_t i = 0; i < n; ++i) {
-            const TermGrad column = functor.template column<true>(b[i], d[i], p_t[i], p_s[i]);
+            const TermGrad column = exact ? functor.template column<true>(b[i], d[i], p_t[i], p_s[i])
+                                          : functor.template column<false>(b[i], d[i], p_t[i], p_s[i]);
             term[i] = column.term, g[i] = column.g;
         }
     });

@@ -46,7 +46,7 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
         if (p->u.data) {
             Divergences::dispatch(numbers, [&](const auto& functor) { run(functor, std::true_type{}); });
         } else {
-            run(NoSoftTerm{numbers}, std::false_type{});
+            run(NoSoftTerm{}, std::false_type{});
         }
     });
 }

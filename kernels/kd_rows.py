@@ -170,8 +170,8 @@ def kd_rows_kernel(
                 if SMOOTH:
                     sum_z += tl.sum(tl.where(inside(tile, head, length, BLOCK, VEC), z - anchor, 0.0), 1)
 
-        # The row's, from its lanes'. The label's logit is loaded before the sums, whose barriers keep it from what other
-        # warps store, where dz is z.
+        # The row's, from its lanes'. The label's logit is loaded before the sums, whose barriers keep it from other
+        # warps' stores, where dz is z.
         z_shift = shift_of(tl.max(z_peak, 0))
         z_drop = z_peak - z_shift
         tl.store(stats_ptr + PEAK_STUDENT, z_shift)

@@ -32,7 +32,8 @@ class Divergence:
     formula: Formula = Formula.MIXTURE_KL
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "formula", Formula(self.formula))
+        if not isinstance(self.formula, Formula):
+            object.__setattr__(self, "formula", Formula(self.formula))
         for name in ("c_t", "c_s", "w"):
             check_real(name, getattr(self, name))
         if self.formula != Formula.MIXTURE_KL and (self.c_t, self.c_s, self.w) != (1.0, 0.0, 0.0):

@@ -117,7 +117,7 @@ def kd_loss(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
         student_logits.shape[-1] if vocab_size is None else int(vocab_size),
     )  # fmt: skip
-    has_hard = bool(hard_weight)
+    has_hard = hard_weight is not None and hard_weight != 0
     has_soft = soft_weight != 0 or not has_hard
     hard_alone = soft_alone = None
     if return_parts:  # a part that is not in the loss by itself, lest a NaN of it reach the gradient

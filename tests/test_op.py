@@ -157,7 +157,7 @@ def test_schedule(device: str, argument: str) -> None:
     given = inputs(ROWS, COLUMNS, device=device)
 
     def loss(step: float, *tensors: Tensor) -> Tensor:
-        return fastkd.kd_loss(*tensors, **BOTH | {argument: step})
+        return fastkd.kd_loss(*tensors, **{**BOTH, argument: step})
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for step in (0.25, 0.5, 0.75):

@@ -11,17 +11,20 @@ from hypothesis import given, strategies
 from torch import Tensor
 
 import fastkd
+from fastkd import _dispatch
 from tests.cases import DIVERGENCES
 
 # The search is the same in every run. Triton's interpreter takes some 50 ms a row.
 search = hypothesis.settings(
-    derandomize=True, deadline=None, max_examples=25, database=None,
+    derandomize=True, deadline=None, max_examples=40, database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 
 names = strategies.sampled_from(sorted(DIVERGENCES))
 temperatures = strategies.sampled_from([0.5, 1.0, 1.7, 2.0, 4.0])
-backends = strategies.sampled_from(["torch", "torch", "torch", "triton"])
+backends = strategies.sampled_from(
+    [name for name in _dispatch.NAMES if _dispatch.refusal(torch.zeros(1, 8), name) is None]  # on CPU tensors
+)
 
 
 @strategies.composite

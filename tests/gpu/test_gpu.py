@@ -179,13 +179,15 @@ def test_label_check_on_request(backend: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_memory_of_the_gradient_in_place(name: str, reduction: str) -> None:
+def test_memory_of_the_gradient_in_place(backend: str, name: str, reduction: str) -> None:
     """Peak memory is the inputs': what is allocated on the way is a few numbers a row."""
     leaf, teacher, labels = inputs((2048,), 32000, torch.bfloat16, device="cuda")
     student = leaf.requires_grad_() * 1
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    arguments = keywords(name) | {"reduction": reduction, "inplace_backward": True}
+    if backend == "torch":
+        pytest.skip("its chunks are large on a GPU (test_torch_memory has it on a CPU)")
+    arguments = keywords(name) | {"reduction": reduction, "inplace_backward": True, "backend": backend}
     loss = fastkd.kd_loss(student, teacher, labels, **arguments)
     torch.autograd.grad(loss, student, torch.ones_like(loss))
     assert torch.cuda.max_memory_allocated() - before < student.numel() * student.element_size() / 20

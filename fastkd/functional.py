@@ -45,7 +45,7 @@ def kd_loss(
     return_parts: bool = False,
     backend: str | None = None,
 ) -> Tensor | KDLossParts:
-    """Knowledge-distillation loss over logits, its gradient computed in the same pass (float32, bfloat16; not "none").
+    """Knowledge-distillation loss over logits, its gradient computed in the same pass wherever it can be.
 
     Per row ``hard_weight · CE(labels, student) + soft_weight · T² · D(softmax(teacher/T), softmax(student/T))``, the
     cross-entropy at temperature 1 (Hinton et al., 2015, Distilling the Knowledge in a Neural Network). Nothing is

@@ -1,5 +1,5 @@
-// The module fastkd._cuda. Pointers, numbers and a stream in, no tensor: one build serves every version of PyTorch. The
-// status that goes back is '' or what went wrong, and Python raises.
+// The module fastkd._cuda. Pointers, numbers, a device and a stream in, no tensor: one build serves every version of
+// PyTorch. The status that goes back is '' or what went wrong, and Python raises.
 #include "../arguments.h"
 #include "launch.h"
 
@@ -8,29 +8,31 @@ namespace {
 namespace py = pybind11;
 using namespace fastkd;
 
+Queue queue(int device, uintptr_t stream) { return {device, reinterpret_cast<cudaStream_t>(stream)}; }
+
 std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
                     uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t hard, uintptr_t soft, uintptr_t stats,
                     int64_t rows, int64_t inner_rows, int64_t n, int64_t columns, float temperature, int formula,
-                    float c_t, float c_s, float w, float smoothing, bool from_stats, uintptr_t stream) {
+                    float c_t, float c_s, float w, float smoothing, bool from_stats, int device, uintptr_t stream) {
     const KDRowsParams p = kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows,
                                           n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
-    const auto on = reinterpret_cast<cudaStream_t>(stream);
+    const Queue on = queue(device, stream);
     return p.z.dtype == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
            : p.z.dtype == DType::kFloat16 ? launch_kd_rows<float16>(p, on)
                                           : launch_kd_rows<float>(p, on);
 }
 
 std::string log_softmax(const py::tuple& x, const py::tuple& out, const py::tuple& dy, uintptr_t lse, int64_t rows,
-                        int64_t inner_rows, int64_t columns, float temperature, uintptr_t stream) {
+                        int64_t inner_rows, int64_t columns, float temperature, int device, uintptr_t stream) {
     return launch_log_softmax(log_softmax_params(x, out, dy, lse, rows, inner_rows, columns, temperature),
-                              reinterpret_cast<cudaStream_t>(stream));
+                              queue(device, stream));
 }
 
-std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t columns, uintptr_t scalar,
+std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t columns, uintptr_t scalar, int device,
                   uintptr_t stream) {
     ScaleParams p;
     p.x = matrix(x), p.rows = rows, p.inner_rows = inner_rows, p.columns = columns;
-    return launch_scale(p, pointer<const float>(scalar), reinterpret_cast<cudaStream_t>(stream));
+    return launch_scale(p, pointer<const float>(scalar), queue(device, stream));
 }
 
 // For a test: the grid that a device with these limits gives, as (resident, cluster, threads, bytes of shared memory).

@@ -1,3 +1,3 @@
 #include "kd_rows_launch.cuh"
 
-template std::string fastkd::launch_kd_rows<fastkd::bfloat16>(const KDRowsParams&, cudaStream_t);
+template std::string fastkd::launch_kd_rows<fastkd::bfloat16>(const KDRowsParams&, const Queue&);

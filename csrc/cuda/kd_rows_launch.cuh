@@ -7,7 +7,7 @@
 namespace fastkd {
 
 template <class T>
-std::string launch_kd_rows(const KDRowsParams& params, cudaStream_t stream) {
+std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue) {
     const auto run = [&](const auto& functor, auto soft) {
         using Functor = std::decay_t<decltype(functor)>;
         constexpr bool kSoft = decltype(soft)::value;
@@ -19,7 +19,7 @@ std::string launch_kd_rows(const KDRowsParams& params, cudaStream_t stream) {
         Functor f = functor;
         void* arguments[] = {&p, &f};
         return launch("kd_rows", {params.from_stats ? nullptr : resident, streaming}, vectors, kSoft ? 2 : 1, p.rows,
-                      p.columns, arguments, stream);
+                      p.columns, arguments, queue);
     };
     const Numbers numbers{static_cast<Formula>(params.formula), params.c_t, params.c_s, params.w};
     if (!params.u.data) return run(NoSoftTerm{}, std::false_type{});

@@ -65,13 +65,10 @@ cudaError_t prepare(const void* kernel, const Plan& plan, const Limits& limits, 
     return status;
 }
 
-// The plan of a kernel on the current device, and the kernel prepared for it, once.
-cudaError_t prepared_plan(const void* resident, int64_t vectors, int tensors, Plan& chosen) {
+// The plan of a kernel on a device, the current one, and the kernel prepared for it, once.
+cudaError_t prepared_plan(int device, const void* resident, int64_t vectors, int tensors, Plan& chosen) {
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, int64_t>, Plan> known;
-    int device = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status != cudaSuccess) return status;
     const std::lock_guard<std::mutex> lock(mutex);
     const std::tuple key{device, resident, vectors};
     if (const auto found = known.find(key); found != known.end()) {
@@ -79,7 +76,7 @@ cudaError_t prepared_plan(const void* resident, int64_t vectors, int tensors, Pl
         return cudaSuccess;
     }
     Limits limits;
-    status = read_limits(device, limits);
+    cudaError_t status = read_limits(device, limits);
     if (status != cudaSuccess) return status;
     chosen = plan(limits, vectors, tensors);
     bool fits = true;
@@ -108,14 +105,16 @@ Plan plan(const Limits& limits, int64_t vectors, int tensors) {
 }
 
 std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
-                   void** arguments, cudaStream_t stream) {
+                   void** arguments, const Queue& queue) {
     Plan grid = kStreaming;
-    cudaError_t status = cudaSuccess;
-    if (rows > INT_MAX / kMaxCluster || columns > INT_MAX / 2) status = cudaErrorInvalidConfiguration;
-    if (status == cudaSuccess && kernels.resident) status = prepared_plan(kernels.resident, vectors, tensors, grid);
+    cudaError_t status = cudaSetDevice(queue.device);
+    const bool fits = rows <= INT_MAX / kMaxCluster && columns <= INT_MAX / 2;
+    if (status == cudaSuccess && !fits) status = cudaErrorInvalidConfiguration;
+    if (status == cudaSuccess && kernels.resident)
+        status = prepared_plan(queue.device, kernels.resident, vectors, tensors, grid);
     if (status == cudaSuccess) {
         const void* kernel = grid.resident ? kernels.resident : kernels.streaming;
-        const Config all(grid, rows, stream);
+        const Config all(grid, rows, queue.stream);
         status = cudaLaunchKernelExC(&all.config, kernel, arguments);
     }
     if (status == cudaSuccess) return {};

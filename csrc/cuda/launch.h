@@ -9,6 +9,12 @@
 
 namespace fastkd {
 
+// Where a launch goes. The device is set, since this runtime, linked statically, need not know of another's choice.
+struct Queue {
+    int device;
+    cudaStream_t stream;
+};
+
 // What of a device decides a grid; sizes in bytes.
 struct Limits {
     int major;                                     // of its compute capability
@@ -32,16 +38,16 @@ struct Kernels {
 // Launches the kernel on ``rows`` rows: the resident one if the device can hold the clusters of its plan. ``name`` and
 // the sizes go into the error's text.
 std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
-                   void** arguments, cudaStream_t stream);
+                   void** arguments, const Queue& queue);
 
-// Whether the current device can run what was compiled.
-std::string supports_device();
+// Whether a device can run what was compiled.
+std::string supports_device(int device);
 
 // One translation unit a dtype instantiates the row kernels.
 template <class T>
-std::string launch_kd_rows(const KDRowsParams& params, cudaStream_t stream);
+std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue);
 
-std::string launch_log_softmax(const LogSoftmaxParams& params, cudaStream_t stream);
-std::string launch_scale(const ScaleParams& params, const float* scalar, cudaStream_t stream);
+std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queue);
+std::string launch_scale(const ScaleParams& params, const float* scalar, const Queue& queue);
 
 }  // namespace fastkd

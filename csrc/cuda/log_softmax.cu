@@ -21,13 +21,13 @@ std::string with_type(DType dtype, Visit&& visit) {
 
 }  // namespace
 
-std::string launch_log_softmax(const LogSoftmaxParams& params, cudaStream_t stream) {
+std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queue) {
     LogSoftmaxParams p = params;
     void* arguments[] = {&p};
     const bool backward = p.dy.data != nullptr;
     const auto run = [&](const char* name, auto resident, auto streaming, int columns) {
         const Kernels kernels = {reinterpret_cast<const void*>(resident), reinterpret_cast<const void*>(streaming)};
-        return launch(name, kernels, p.columns / columns + 2, 1, p.rows, p.columns, arguments, stream);
+        return launch(name, kernels, p.columns / columns + 2, 1, p.rows, p.columns, arguments, queue);
     };
     return with_type(p.x.dtype, [&](auto x) {
         return with_type(backward ? p.dy.dtype : p.out.dtype, [&](auto other) {
@@ -42,18 +42,20 @@ std::string launch_log_softmax(const LogSoftmaxParams& params, cudaStream_t stre
     });
 }
 
-std::string launch_scale(const ScaleParams& params, const float* scalar, cudaStream_t stream) {
+std::string launch_scale(const ScaleParams& params, const float* scalar, const Queue& queue) {
     ScaleParams p = params;
     void* arguments[] = {&p, &scalar};
     return with_type(p.x.dtype, [&](auto x) {
         const Kernels kernels = {nullptr, reinterpret_cast<const void*>(scale_kernel<decltype(x)>)};
-        return launch("scale", kernels, 0, 1, p.rows, p.columns, arguments, stream);
+        return launch("scale", kernels, 0, 1, p.rows, p.columns, arguments, queue);
     });
 }
 
-std::string supports_device() {
+std::string supports_device(int device) {
     cudaFuncAttributes attributes;
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_kernel<float>));
+    cudaError_t status = cudaSetDevice(device);
+    if (status == cudaSuccess)
+        status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_kernel<float>));
     return status == cudaSuccess ? "" : cudaGetErrorString(status);
 }
 

@@ -40,7 +40,7 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 @functools.cache
 def _unsupported_device(device: torch.device) -> str | None:
     with torch.cuda.device(device):
-        why = _cuda.supports_device()
+        why = _cuda.supports_device(device.index)
     if why:
         major, minor = torch.cuda.get_device_capability(device)
         return f"its build has nothing that this GPU (compute capability {major}.{minor}) runs: {why}"
@@ -74,6 +74,6 @@ def _call(function: Any, logits: Tensor, *arguments: Any) -> None:
     if logits.numel() == 0:
         return
     with torch.cuda.device(logits.device):
-        status = function(*arguments, torch.cuda.current_stream().cuda_stream)
+        status = function(*arguments, logits.device.index, torch.cuda.current_stream().cuda_stream)
     if status:
         raise RuntimeError(f"fastkd: {status}")

@@ -114,7 +114,7 @@ def test_an_error_names_the_kernel_and_the_shape() -> None:
     """Without a GPU nothing launches; with one, a grid of 0 rows does not."""
     assert cuda.unavailable() is None, cuda.unavailable()
     absent = (0, 0, 0, 0)
-    scale = cuda._cuda.scale(absent, 0, 1, 7, 0, 0)
-    log_softmax = cuda._cuda.log_softmax(absent, absent, absent, 0, 0, 1, 7, 1.0, 0)
+    scale = cuda._cuda.scale(absent, 0, 1, 7, 0, 0, 0)
+    log_softmax = cuda._cuda.log_softmax(absent, absent, absent, 0, 0, 1, 7, 1.0, 0, 0)
     assert re.match(r"scale on 0 x 7 \(.*256 threads.*\): \w+", scale)
     assert re.match(r"log_softmax on 0 x 7 \(.*\): \w+", log_softmax)

@@ -28,7 +28,8 @@ const Kernels& kernels() {
 using fastkd::matrix;
 
 // A large output is mostly fresh from the system, which takes 80 ms to hand out 131 MB in pages of 4 KB, as long as the
-// kernel needs to fill them, and 10 ms in pages of 2 MB (EPYC 7003, virtual machine). So ask for the large ones.
+// kernel needs to fill them, and 10 ms in pages of 2 MB (EPYC 7003, virtual machine). So ask for the large ones,
+// if it is 16 MB or more.
 void expect_large_pages(const fastkd::Matrix& out, int64_t rows, int64_t columns) {
 #ifdef MADV_HUGEPAGE
     constexpr uintptr_t kPage = 2 << 20;

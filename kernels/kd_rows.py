@@ -223,27 +223,20 @@ def kd_rows_kernel(
                     has_digits = has_digits & ((tl.abs(mean) > 64.0) == 0)
 
             # Stage 2. A mixture's terms lose digits near 0, and exact ones do not.
-            for exact in tl.static_range(2):
-                if (MOMENT == NONE or exact) and (FORMULA == MIXTURE_KL or not exact):
-                    if not has_digits:
-                        sum_term = tl.zeros([LANES], tl.float32)
-                        sum_g = tl.zeros([LANES], tl.float32)
-                        for step in tl.static_range(2):
-                            first, end = tile_range(length, BLOCK, PEEL, 1 - step)
-                            for i in tl.range(first, end):
-                                tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-                                z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, 1 - step)
-                                u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, 1 - step)
-                                term, g, p_s = evaluate(
-                                    z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
-                                    FORMULA, MIX, exact,
-                                )  # fmt: skip
-                                sum_term += tl.sum(term, 1)
-                                sum_g += tl.sum(g, 1)
-                        soft = tl.sum(sum_term, 0)
-                        has_digits = (soft < FEW_DIGITS) == 0
-                        if MOMENT == NONE or MOMENT == STUDENT_RATIO:
-                            grad_sum = tl.sum(sum_g, 0)
+            if MOMENT == NONE:
+                soft, grad_sum = sum_terms(
+                    z_ptr, u_ptr, head, length, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
+                    FORMULA, MIX, False, BLOCK, VEC, PEEL,
+                )  # fmt: skip
+                has_digits = (soft < FEW_DIGITS) == 0
+            if FORMULA == MIXTURE_KL:
+                if not has_digits:
+                    soft, sum_g = sum_terms(
+                        z_ptr, u_ptr, head, length, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
+                        FORMULA, MIX, True, BLOCK, VEC, PEEL,
+                    )  # fmt: skip
+                    if MOMENT == NONE or MOMENT == STUDENT_RATIO:
+                        grad_sum = sum_g
             tl.store(soft_ptr + row, tl.where(soft < 0.0, 0.0, soft))
         else:
             tl.store(soft_ptr + row, 0.0)
@@ -269,9 +262,9 @@ def kd_rows_kernel(
                 dz = tl.zeros([LANES, VEC], tl.float32)
                 if SOFT:
                     u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, 1 - step)
-                    term, g, p_s = evaluate(
-                        z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w, FORMULA, MIX,
-                        False,
+                    _, g, p_s = evaluate(
+                        z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
+                        FORMULA, MIX, False,
                     )  # fmt: skip
                     dz = soft_factor * (g - p_s * grad_sum)
                     if MOMENT == STUDENT_RATIO:  # an infinite reverse KL has no gradient
@@ -310,6 +303,29 @@ def rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT: tl
     if MOMENT == STUDENT_RATIO:
         by = by_s
     return mul0(by, moment + moment_of(sum_s, sum_t, z_drop, u_drop, MOMENT))
+
+
+@triton.jit
+def sum_terms(
+    z_ptr, u_ptr, head, length, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """(Σ term, Σ g) of a row: a walk back over it."""
+    sum_term = tl.zeros([BLOCK // VEC], tl.float32)
+    sum_g = tl.zeros([BLOCK // VEC], tl.float32)
+    for step in tl.static_range(2):
+        first, end = tile_range(length, BLOCK, PEEL, 1 - step)
+        for i in tl.range(first, end):
+            tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
+            z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+            u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+            term, g, _ = evaluate(
+                z, u, z_shift, u_shift, k, inv_t, lse_s, lse_t, shift, c_t, c_s, w, FORMULA, MIX, EXACT
+            )
+            sum_term += tl.sum(term, 1)
+            sum_g += tl.sum(g, 1)
+    return tl.sum(sum_term, 0), tl.sum(sum_g, 0)
 
 
 @triton.jit

@@ -145,9 +145,9 @@ class Row {
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             const Tile t = tile(i);
             z_peaks_[i] = max_of(t.z, t.n);
-            z_peak = z_peaks_[i] > z_peak ? z_peaks_[i] : z_peak;
+            z_peak = max(z_peaks_[i], z_peak);
             u_peaks_[i] = kSoft ? max_of(t.u, t.n) : 0.0f;
-            u_peak = u_peaks_[i] > u_peak ? u_peaks_[i] : u_peak;
+            u_peak = max(u_peaks_[i], u_peak);
             if (p_.smoothing > 0.0f && p_.labels) sum_z_ += sum_of(t.z, t.n, anchor);
             ExpSums sums;
             with_hard<kSoft>(hard_mode_, [&](auto hard) {

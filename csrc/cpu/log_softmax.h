@@ -31,7 +31,7 @@ inline void log_softmax_forward(const LogSoftmaxParams& p, int64_t row, float* s
     for_tiles(p.columns, [&](int64_t at, int n) {
         const float* x = load_tile(x_row, p.x.dtype, at, n, x_tile);
         const float tile_peak = max_of(x, n);
-        peak = tile_peak > peak ? tile_peak : peak;
+        peak = max(tile_peak, peak);
         peaks[at / kTile] = shift_of(tile_peak);
         sums[at / kTile] = sum_of_exp(x, n, shift_of(tile_peak), k);
     });

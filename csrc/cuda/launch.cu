@@ -79,9 +79,11 @@ cudaError_t prepared_plan(int device, const void* resident, int64_t vectors, int
     cudaError_t status = read_limits(device, limits);
     if (status != cudaSuccess) return status;
     chosen = plan(limits, vectors, tensors);
-    bool fits = true;
-    if (chosen.resident) status = prepare(resident, chosen, limits, fits);
-    if (!fits) chosen = kStreaming;
+    if (chosen.resident) {
+        bool fits;
+        status = prepare(resident, chosen, limits, fits);
+        if (!fits) chosen = kStreaming;
+    }
     if (status == cudaSuccess) known.emplace(key, chosen);
     return status;
 }

@@ -121,8 +121,8 @@ def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        # Bytes of memory a thread; scalar registers spill to lanes of vector registers, which costs none.
-        spills = sum(int(count) for count in re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text))
+        # Vector registers, and bytes of memory a thread; scalar ones spill to lanes of vector registers, not to memory.
+        spills = sum(map(int, re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)))
         registers = max(int(count) for count in re.findall(r"\.vgpr_count:\s*(\d+)", text))
         return {
             "spills": spills,

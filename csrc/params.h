@@ -32,7 +32,7 @@ struct KDRowsParams {
     const float* soft_scale = nullptr;  // [N]
     float* hard = nullptr;              // [N]
     float* soft = nullptr;              // [N]
-    float* stats = nullptr;             // [N, 7], see Stats
+    float* stats = nullptr;             // [N, 8], see Stats
     int64_t rows = 0, inner_rows = 0;   // N = B·S, S
     int64_t n = 0, columns = 0;         // tokens, and columns of z and dz: those past n get gradient 0
     float temperature = 1.0f, c_t = 1.0f, c_s = 0.0f, w = 0.0f, smoothing = 0.0f;
@@ -41,9 +41,9 @@ struct KDRowsParams {
 };
 
 // Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak, (z − peak)/T and
-// (u − peak)/T; G; 1 − p_y. Those of an absent term are 0.
+// (u − peak)/T; G; 1 − p_y; the form of g. Those of an absent term are 0.
 enum Stats : int {
-    kPeakStudent, kPeakTeacher, kLogHard, kLogStudent, kLogTeacher, kGradSum, kLabelRest, kNumStats
+    kPeakStudent, kPeakTeacher, kLogHard, kLogStudent, kLogTeacher, kGradSum, kLabelRest, kGradForm, kNumStats
 };
 
 struct LogSoftmaxParams {

@@ -8,7 +8,7 @@ Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft 
 Stages  1 normalisers, walking forward; 2 sums of term and g; 3 gradient. Stages 2 and 3 walk back, since the row's
         tail is still in L2. S comes with stage 1 where a mean of d gives it (MOMENT), and stage 2 is left out; where
         that mean has not the digits, or G is not known otherwise, stage 2 sums both.
-Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 7] fp32.
+Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 8] fp32.
 Bytes   an element, e bytes wide: loss 2e; loss and gradient 5e; 2e more for each stage 2; gradient from statistics 3e.
         The floors are 2e, 3e and 3e: a row of both tensors does not fit in one SM.
 Grid    one program a row, BLOCK columns a step. A row whose scales are 0 is not read.

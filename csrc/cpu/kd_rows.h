@@ -5,7 +5,7 @@
 //         S comes with stage 1 where a mean of d under p_t or p_s gives it (Moment). Near 0, where that mean has no
 //         digits left, it is summed again from terms that are small themselves; a true mixture is always summed so.
 // Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32 (u and dz fp64 too), last stride 1; labels [N] int64; scales, losses [N]
-//         fp32; stats [N, 7] fp32. scratch: three rows and three tiles of float, and nine numbers a tile.
+//         fp32; stats [N, 8] fp32. scratch: three rows and three tiles of float, and nine numbers a tile.
 // Bytes   of memory: reads z and u, writes dz, each once. Of the cache: 8 a column written and read for the
 //         exponentials, and z and u again where g or a small S needs d.
 #pragma once

@@ -2,7 +2,7 @@
 //
 // Math    see row.h; term and g come from the functor. S comes with stage 1 where a mean of d gives it (Moment), and
 //         stage 2 is left out; where that mean has not the digits, or G is not known otherwise, stage 2 sums both.
-// Shapes  z, u, dz [B, S, columns] fp32|bf16|fp16, last stride 1; labels [N] int64; scales, losses [N]; stats [N, 7].
+// Shapes  z, u, dz [B, S, columns] fp32|bf16|fp16, last stride 1; labels [N] int64; scales, losses [N]; stats [N, 8].
 // Bytes   an element, e bytes wide. Resident: each logit is read once into shared memory and stays there between the
 //         stages: loss 2e, loss and gradient 3e, the floor. Otherwise each stage reads the row again, from L2 where it
 //         still is: loss 2e, loss and gradient 5e, and 2e more for each stage 2; gradient from statistics 3e.

@@ -1,0 +1,149 @@
+"""The digits of loss and gradient in every regime: ``python -m fastkd.bench.accuracy --out FILE [--backend NAME ...]``.
+
+For each backend, divergence and regime the worst of all temperatures and vocabularies, in float32 against the
+definitions in float64: the relative error of a row's soft loss, and of the gradient of all rows in norm. Beside them the
+same of the definitions in float32, as people write them in PyTorch. ``fastkd.bench.docs`` makes the table of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import Divergence
+from fastkd.bench import run
+
+PLAIN = "PyTorch"  # the definitions in float32
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+VOCABULARIES = {100: 32, 1000: 32, 32000: 4, 151936: 2}  # columns: rows
+DIVERGENCES: dict[str, str | Divergence] = {
+    "forward_kl": "forward_kl",
+    "reverse_kl": "reverse_kl",
+    "cross_entropy": "cross_entropy",
+    "tvd": "tvd",
+    "JSD(0.1)": fastkd.JSD(0.1),
+    "JSD(0.5)": fastkd.JSD(0.5),
+    "JSD(0.9)": fastkd.JSD(0.9),
+    "SkewKL(0.1)": fastkd.SkewKL(0.1),
+    "SkewReverseKL(0.1)": fastkd.SkewReverseKL(0.1),
+}
+
+
+def independent(spread: float) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    return lambda rows, columns: (spread * torch.randn(rows, columns), spread * torch.randn(rows, columns))
+
+
+def beside(noise: float, offset: float = 0.0, spread: float = 3.0) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """Student logits, and a teacher's that are theirs with noise, moved by an offset."""
+
+    def pair(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        student = spread * torch.randn(rows, columns)
+        return student, student + noise * torch.randn(rows, columns) + offset
+
+    return pair
+
+
+def disjoint(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Each gives the other's tokens e⁻³⁰ of what it gives its own."""
+    lift = torch.where(torch.arange(columns) < columns // 2, 15.0, -15.0)
+    return torch.randn(rows, columns) + lift, torch.randn(rows, columns) - lift
+
+
+REGIMES = {
+    **{f"randn x {spread:g}": independent(spread) for spread in (0.1, 1.0, 4.0, 8.0)},
+    **{f"noise {noise:g}": beside(noise) for noise in (1e-1, 1e-2, 1e-3, 1e-4)},
+    "disjoint": disjoint,
+    **{f"offset {offset:g}": beside(0.5, offset, 2.0) for offset in (10.0, 100.0, 1e3, 1e4)},
+}
+
+
+def definition(divergence: str | Divergence, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """The divergence of each row, from log-probabilities, in the logits' dtype."""
+    log_s, log_t = (torch.log_softmax(x / temperature, -1) for x in (student, teacher))
+    p_s, p_t = log_s.exp(), log_t.exp()
+    member = fastkd.divergences.resolve(divergence)
+    if divergence == "cross_entropy":
+        return -(p_t * log_s).sum(-1)
+    if divergence == "tvd":
+        return 0.5 * (p_t - p_s).abs().sum(-1)
+    shares = [math.log(w) if w else -math.inf for w in (member.w, 1.0 - member.w)]
+    log_m = torch.logaddexp(log_t + shares[0], log_s + shares[1])
+    return (member.c_t * p_t * (log_t - log_m) + member.c_s * p_s * (log_s - log_m)).sum(-1)
+
+
+def value_and_gradient(loss: Callable[[Tensor], Tensor], student: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.clone().requires_grad_()
+    rows = loss(leaf)
+    return rows.detach().double(), torch.autograd.grad(rows.sum(), leaf)[0].double()
+
+
+def worst(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """The largest relative error of a row's loss, and the gradient's in norm."""
+    loss, gradient = (got - right for got, right in zip(found, exact, strict=True))
+    return float((loss.abs() / exact[0]).max()), float(gradient.norm() / exact[1].norm())
+
+
+def errors(
+    backends: list[str], divergence: str | Divergence, regime: str, columns: int, temperature: float
+) -> dict[str, tuple[float, float]]:
+    """By contender, of one case."""
+    torch.manual_seed(columns)
+    student, teacher = REGIMES[regime](VOCABULARIES[columns], columns)
+
+    def ours(backend: str) -> Callable[[Tensor], Tensor]:
+        return lambda leaf: fastkd.kd_loss(  # type: ignore[return-value]
+            leaf, teacher, temperature=temperature, divergence=divergence, scale_soft_by_t2=False, reduction="none",
+            backend=backend,
+        )  # fmt: skip
+
+    exact = value_and_gradient(
+        lambda leaf: definition(divergence, leaf, teacher.double(), temperature), student.double()
+    )
+    losses = {backend: ours(backend) for backend in backends}
+    losses[PLAIN] = lambda leaf: definition(divergence, leaf, teacher, temperature)
+    return {name: worst(value_and_gradient(loss, student), exact) for name, loss in losses.items()}
+
+
+def sweep(backends: list[str], columns: list[int]) -> Iterator[dict[str, Any]]:
+    for name, divergence in DIVERGENCES.items():
+        for regime in REGIMES:
+            cases = [errors(backends, divergence, regime, n, T) for n in columns for T in TEMPERATURES]
+            found = {who: [max(column) for column in zip(*(case[who] for case in cases), strict=True)] for who in cases[0]}
+            yield {"divergence": name, "regime": regime, "errors": found}
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """A line for each divergence and regime, "loss / gradient" for each contender."""
+    names = list(results["cases"][0]["errors"])
+    lines = [["divergence", "regime", *names]]
+    for case in results["cases"]:
+        cells = [" / ".join(f"{error:.0e}" for error in case["errors"][name]) for name in names]
+        lines.append([case["divergence"], case["regime"], *cells])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastkd.bench.accuracy", description=__doc__.partition(":")[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--backend", action="append", help="backends to hold against float64; default: cpu and torch")
+    parser.add_argument("--columns", type=int, action="append", choices=VOCABULARIES, help="vocabularies; default: all")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"machine": run.machine("cpu"), "cases": []}
+    for case in sweep(arguments.backend or ["cpu", "torch"], arguments.columns or list(VOCABULARIES)):
+        results["cases"].append(case)
+        cells = (f"{name} {loss:.1e} / {gradient:.1e}" for name, (loss, gradient) in case["errors"].items())
+        print(f"{case['divergence']:20}{case['regime']:14}", *cells, sep="  ", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastkd._request import Formula, Mix, Rows, RowSpec
 
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
 LOG2_E = math.log2(math.e)
-# Below this a KL is summed again from terms that are small themselves: the plain sum of p·log(p/q) is off by some 1e-7.
+# Below this a divergence is summed again from terms that are small themselves: plain ones are off by some 1e-7.
 NEAR = 0.05
 
 # glibc gives freed blocks back to the system above twice the size of the largest mapped block freed so far, by default
@@ -103,67 +102,114 @@ def _soft_term(
     p_t /= u_sum
     p_s = z_exps / z_sum
     inv_t = 1.0 / spec.temperature
-    # log p_t − log p_s = (u − z)/T − shift. From the difference of the logits, which is exact where they are close.
+    # d = log p_t − log p_s = (u − z)/T − shift: from the difference of the logits, which is exact where they are close,
+    # and keeps its digits where they are not if their offset goes first.
+    offset = ((u_peak - z_peak) / 8.0).round_() * 8.0
+    if not offset.is_cpu or bool(offset.any()):
+        u, u_peak = u - offset, u_peak - offset
     shift = (u_peak - z_peak) * inv_t + (u_sum / z_sum).log()
+    d = _no_nan((u - z).mul_(inv_t).sub_(shift))
+    if spec.formula == Formula.TOTAL_VARIATION:
+        soft, residual = _total_variation(d, p_t, p_s)
+    else:
+        soft, residual = _FAR[spec.mix](spec, d, p_t, p_s)
+        near = soft < _near_below(spec)
+        if not near.is_cpu or bool(near.any()):
+            near_soft, near_residual = _near(spec, d, p_t, p_s)
+            soft, residual = torch.where(near, near_soft, soft), torch.where(near, near_residual, residual)
     if spec.formula == Formula.CROSS_ENTROPY:
         mean = _no_nan(p_t * (z - z_peak)).sum(-1, keepdim=True) * inv_t  # far from 0 that of z has no digits left
-        soft, residual = z_sum.log() - mean, p_s.sub_(p_t)
-    elif spec.formula == Formula.TOTAL_VARIATION:
-        soft, residual = _total_variation(p_t, p_s)
-    else:
-        d = (u - z).mul_(inv_t).sub_(shift)
-        soft, residual = _MIXTURES[spec.mix](spec, d, p_t, p_s)
+        soft = z_sum.log() - mean
     # What _no_nan hides of a NaN in the logits, the normalisers still show.
     factor = chunk.soft_scale.unsqueeze(1) * inv_t + 0.0 * shift
     return (soft + 0.0 * shift).clamp_(min=0.0).squeeze(1), residual.mul_(factor) if want_grad else None
 
 
-def _total_variation(p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    difference = p_s - p_t
-    soft = 0.5 * difference.abs().sum(-1, keepdim=True)
-    return soft, _residual(difference.sign_().mul_(0.5).mul_(p_s), p_s)
+# The residuals are T·∂D/∂z = g − p_s·G, G = Σ g, where any multiple of p_s may be added to g = ∂D/∂log p_s. That choice
+# decides what cancels. With r = w/(1−w), κ = c_s·w − c_t·(1−w) and m = w·p_t + (1−w)·p_s,
+#     g = p_s·(κ·p_t/m − c_s·log(1 + r·e^d))                    has its digits where the two are far apart, and
+#     g = p_s·(κ·(p_t/m − 1) − c_s·log(1 + w·(e^d − 1)))        where they are close.
 
 
 def _student_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    """m = p_s: Σg = −c_t."""
-    soft = _near(_no_nan(p_t * d).sum(-1, keepdim=True), p_t, p_s, d)
-    return spec.c_t * soft, p_s.sub_(p_t).mul_(spec.c_t)
+    """m = p_s: g = −c_t·p_t."""
+    return spec.c_t * _no_nan(p_t * d).sum(-1, keepdim=True), (p_s - p_t).mul_(spec.c_t)
 
 
 def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    """m = p_t. Where the student has mass and the teacher none, the value is inf and the row's gradient is set to 0."""
-    product = _no_nan(p_s * d.neg_())
-    soft = product.sum(-1, keepdim=True)
-    residual = product.addcmul_(p_s, soft, value=-1.0).nan_to_num_(0.0, 0.0, 0.0).mul_(spec.c_s)
-    return spec.c_s * _near(soft, p_s, p_t, d), residual
+    """m = p_t: g = −c_s·p_s·d. Where the student has mass and the teacher none, the value is inf and the gradient 0."""
+    g = _no_nan(p_s * d).mul_(-spec.c_s)
+    value = g.sum(-1, keepdim=True)
+    return value, g.addcmul_(p_s, value, value=-1.0).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    # Beyond |d| = 60 one probability is nothing beside the other, and all that multiplies it here stays finite.
-    d = _no_nan(d).clamp_(-60.0, 60.0)
-    log_m_s = torch.expm1(d).mul_(spec.w).log1p_()  # log(m/p_s), with all its digits as d → 0
-    log_m_t = log_m_s - d
-    term = _difference(p_s, p_t, d).mul_(spec.c_t * (1.0 - spec.w) - spec.c_s * spec.w)
-    term.addcmul_(p_t, log_m_t, value=-spec.c_t).addcmul_(p_s, log_m_s, value=-spec.c_s)
-    g = p_t.mul_(spec.c_t).add_(p_s, alpha=spec.c_s).mul_(spec.w - 1.0).mul_(torch.exp(-log_m_s))
-    g.add_(p_s, alpha=spec.c_s).addcmul_(p_s, log_m_s, value=-spec.c_s)
-    return term.sum(-1, keepdim=True), _residual(g, p_s)
+    """y = d + log r: p_t/m = sigmoid(y)/w, log(m/p_s) = softplus(y) + log(1−w), log(m/p_t) = softplus(−y) + log w."""
+    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
+    y = d + (math.log(w) - math.log1p(-w))
+    softplus = _softplus(y)
+    value = _no_nan(p_s * (softplus + math.log1p(-w))).mul_(-c_s)
+    value.add_(_no_nan(p_t * (_softplus(-y) + math.log(w))), alpha=-c_t)
+    slope = softplus.mul_(-c_s).add_(y.sigmoid_(), alpha=c_s - c_t * (1.0 - w) / w)
+    return value.sum(-1, keepdim=True), _residual(_no_nan(p_s * slope), p_s)
 
 
-_MIXTURES = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: _both_mixture}
+_FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: _both_mixture}
 
 
-def _near(kl: Tensor, p: Tensor, q: Tensor, x: Tensor) -> Tensor:
-    """``kl`` = Σ p·x, x = log(p/q), with rows near 0 summed as Σ (p·x + q − p), whose terms are >= 0."""
-    if kl.is_cpu and bool((kl >= NEAR).all()):
-        return kl
-    x = _no_nan(x)
-    return torch.where(kl < NEAR, _difference(q, p, x).add_(_no_nan(p * x)).sum(-1, keepdim=True), kl)
+def _near_below(spec: RowSpec) -> float:
+    """Below this the terms and the gradient of a divergence lose digits unless they are written for small d."""
+    largest = -spec.c_t * math.log(spec.w) - spec.c_s * math.log1p(-spec.w) if spec.mix == Mix.BOTH else math.inf
+    return min(NEAR * (spec.c_t + spec.c_s), largest / 4)
 
 
-def _difference(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p − q, given d = log(q/p), with all its digits as d → 0."""
-    return torch.expm1(d.abs().neg_()).mul_(torch.maximum(p, q)).mul_(d.sign())
+def _near(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
+    """Every mixture where the two are close; the terms have the masses m − p added, so that each is >= 0."""
+    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
+    d = _centred(d, p_s)
+    excess = torch.expm1(d)  # p_t/p_s − 1
+    m = torch.lerp(p_s, p_t, w)
+    log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
+    value = c_t * _bregman(p_t, d + log_s, m) + c_s * _bregman(p_s, log_s, m)
+    slope = (excess / (excess * w + 1.0)).mul_((c_s * w - c_t * (1.0 - w)) * (1.0 - w)).add_(log_s, alpha=c_s)
+    return value.sum(-1, keepdim=True), _residual(slope.mul_(p_s), p_s)
+
+
+def _centred(d: Tensor, p_s: Tensor) -> Tensor:
+    """d without what the rounding of the normalisers added to all columns: the masses are equal, Σ p_s·(e^d − 1) = 0.
+
+    Where two distributions are close, a column far off has no mass, and is moved to where all that multiplies it stays
+    finite.
+    """
+    d = d.clamp(-80.0, 80.0)
+    return d.sub_(torch.expm1(d).mul_(p_s).sum(-1, keepdim=True))
+
+
+def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
+    """p·x − p + q >= 0, given x = log(p/q), with all its digits as x → 0."""
+    far = (p * x).add_(q).sub_(p)
+    if p.dtype == torch.float64:
+        return torch.where(x.abs() < 0.5, (torch.expm1(-x) + x).mul_(p), far)
+    series = x * (-1.0 / 5040.0)  # of exp(−x) − 1 + x, 3e-7 relative at 1/2
+    for factor in (1.0 / 720.0, -1.0 / 120.0, 1.0 / 24.0, -1.0 / 6.0):
+        series.add_(factor).mul_(x)
+    return torch.where(x.abs() < 0.5, series.add_(0.5).mul_(x).mul_(x).mul_(p), far)
+
+
+def _total_variation(d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
+    """g = p_s·[p_s > p_t] or −p_s·[p_s < p_t], whichever side has less of p_s; where they tie, half of it."""
+    difference = (p_s - p_t).abs_()
+    soft = 0.5 * difference.sum(-1, keepdim=True)
+    near = soft < NEAR
+    if not near.is_cpu or bool(near.any()):
+        d = torch.where(near, _centred(d, p_s), d)
+        close = torch.expm1(d.clamp(-1.0, 1.0)).mul_(p_s).abs_()
+        soft = 0.5 * torch.where(d.abs() < 0.5, close, difference).sum(-1, keepdim=True)
+    above = d.sign().mul_(-0.5).add_(0.5)
+    g = p_s * above
+    grad_sum = g.sum(-1, keepdim=True)
+    g_below = g - p_s
+    return soft, torch.where(grad_sum <= 0.5, g.addcmul_(p_s, grad_sum, value=-1.0), _residual(g_below, p_s))
 
 
 def _residual(g: Tensor, p_s: Tensor) -> Tensor:
@@ -189,7 +235,7 @@ def _hard_term(
     exp_y = exps.gather(1, label)
     others = exps.scatter_(1, label, 0.0).sum(-1, keepdim=True)
     t = (peak - z_y) + others.log()
-    hard = F.softplus(t)
+    hard = _softplus(t)
     grad_y = -t.sigmoid()
     exps.mul_(scale / (others + exp_y))
     if spec.label_smoothing:
@@ -211,6 +257,11 @@ def _untempered(exps: Tensor, z: Tensor, peak: Tensor, temperature: float) -> Te
     if temperature in (1.0, 2.0, 3.0):
         return exps.pow_(int(temperature))
     return _exps(z, peak, 1.0)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). PyTorch's own gives x above 20, which float64 tells from it."""
+    return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0.0))
 
 
 def _no_nan(x: Tensor) -> Tensor:

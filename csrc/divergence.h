@@ -1,12 +1,17 @@
 // The divergence functors: (term, g) of one column.
 //
-// Math    a = log p_t, b = log p_s, d = a − b, m = w·p_t + (1−w)·p_s; D = Σ term and g = ∂D/∂b. The family is
+// Math    d = log p_t − log p_s, m = w·p_t + (1−w)·p_s; D = Σ term and g = ∂D/∂log p_s. The family is
 //         c_t·KL(p_t‖m) + c_s·KL(p_s‖m); its term has the masses m − p added, which sum to 0 over a row: then every
 //         term is >= 0 and the rounding of the normalisers cancels, so a divergence near 0 keeps its digits.
-// Exact   Each functor has column<kExact>(b, d, p_t, p_s). With kExact a term near 0 has all its digits, which costs
-//         series; without, it is off by some 1e-7 of p, which is enough for g, and for a sum that is not small itself.
+// Forms   dz = g − p_s·Σg does not see a multiple of p_s in g, which decides what cancels. With r = w/(1−w) and
+//         κ = c_s·w − c_t·(1−w), a row takes throughout one of
+//           far    g = p_s·(κ·p_t/m − c_s·log(1 + r·e^d)),              which has its digits where d ≪ 0 and p_s is large
+//           near   g = p_s·(κ·(p_t/m − 1) − c_s·log(1 + w·(e^d − 1))),  where the two are close: all of it is small then
+//         near is for rows whose D is small; its term has all its digits as d → 0, which costs series.
 // Rules   0·log 0 = 0 and 0·inf = 0; d is 0 where both sides are −inf. Neither loads, nor a temperature, nor a max.
 #pragma once
+
+#include <cmath>
 
 #include "numeric.h"
 
@@ -31,50 +36,42 @@ struct Numbers {
     FASTKD_HD Mix mix() const { return w == 0.0f ? Mix::kStudent : w == 1.0f ? Mix::kTeacher : Mix::kBoth; }
 };
 
-// What stage 1 can average of the term, so that S is known after one walk: E_t[d], −E_s[d] or −E_t[b].
-enum class Moment : int { kNone, kTeacherRatio, kStudentRatio, kTeacherLog };
+// What stage 1 can average of the term, so that S is known after one walk: E_t[d] or −E_s[d].
+enum class Moment : int { kNone, kTeacherRatio, kStudentRatio };
 
-// What is known of G = Σ g before g itself: −c_t; c_s + S; or nothing, and stage 2 sums it.
+// What is known of G = Σ g, in the far form, before g itself: −c_t; S; or nothing, and stage 2 sums it.
 enum class GradSum : int { kConstant, kFromValue, kSummed };
 
-// p·x − p + q, which is p·log(p/q) − p + q >= 0, given x = log(p/q).
-template <bool kExact>
+// Below this a divergence of weight 1 is small: terms good to 1e-7 leave it too few digits.
+constexpr float kFewDigits = 0.05f;
+
+// p·x − p + q, which is p·log(p/q) − p + q >= 0, given x = log(p/q). kNear: with all its digits as x → 0.
+template <bool kNear>
 FASTKD_HD float bregman(float p, float x, float q) {
     const float far = mul0(p, x) + (q - p);
-    if constexpr (!kExact) return far;
+    if constexpr (!kNear) return far;
     const float near = p * exp_remainder(x);
     return abs(x) < 0.5f ? near : far;
 }
 
-// log(m/p_t) = log(w + (1−w)·exp(−d)) and log(m/p_s) = log((1−w) + w·exp(d)), neither overflowing; and p_s/m.
-struct LogMixture {
-    float over_teacher, over_student, student_share;
-};
+// p_t − p_s and e^d − 1, each with all its digits as d → 0.
+struct Excess {
+    float mass, ratio;
 
-template <bool kExact>
-FASTKD_HD LogMixture log_mixture(float d, float p_t, float p_s, float w) {
-    const float size = abs(d);
-    const bool teacher_larger = d > 0.0f;
-    const float own = teacher_larger ? w : 1.0f - w;  // weight of the larger probability
-    const float other = teacher_larger ? 1.0f - w : w;
-    const float exp_minus = exp_from_ratio(size, teacher_larger ? p_s : p_t, teacher_larger ? p_t : p_s);
-    const float ratio = own + other * exp_minus;  // m over the larger probability
-    float log_ratio;
-    if constexpr (kExact) {
-        const float expm1_minus = size < 0.5f ? exp_remainder(size) - size : exp_minus - 1.0f;
-        log_ratio = log1p(other * expm1_minus, ratio);
-    } else {
-        log_ratio = log(ratio);
+    FASTKD_HD Excess(float d, float p_t, float p_s) {
+        const bool close = abs(d) < 0.5f;
+        const float near = exp_remainder(-d) + d;
+        mass = close ? p_s * near : p_t - p_s;
+        ratio = close ? near : p_t / (p_s < 1e-37f ? 1e-37f : p_s) - 1.0f;
     }
-    return {teacher_larger ? log_ratio : log_ratio - d, teacher_larger ? log_ratio + d : log_ratio,
-            divide(teacher_larger ? exp_minus : 1.0f, ratio)};
-}
+};
 
 template <bool kTeacherTerm, bool kStudentTerm, Mix kMix>
 struct MixtureKL {
     Numbers numbers;
 
-    static constexpr bool kExactDiffers = true;
+    static constexpr bool kEntropy = false;
+    static constexpr bool kTwoSided = false;
     static constexpr bool kGradNeedsRatio = kMix != Mix::kStudent;
     static constexpr Moment kMoment = kMix == Mix::kStudent   ? Moment::kTeacherRatio
                                       : kMix == Mix::kTeacher ? Moment::kStudentRatio
@@ -90,69 +87,103 @@ struct MixtureKL {
 
     FASTKD_HD float weight() const { return kMix == Mix::kStudent ? numbers.c_t : numbers.c_s; }
 
-    template <bool kExact>
-    FASTKD_HD TermGrad column(float, float d, float p_t, float p_s) const {
+    // Below this a row takes the near form. The largest value of a mixture may be small itself (JSD(0.01): 0.056).
+    FASTKD_HD float near_below() const {
+        if constexpr (kMix != Mix::kBoth) return kFewDigits * weight();
+        const float largest = -numbers.c_t * std::log(numbers.w) - numbers.c_s * std::log1p(-numbers.w);
+        const float few = 0.2f * kFewDigits * (numbers.c_t + numbers.c_s);
+        return few < 0.25f * largest ? few : 0.25f * largest;
+    }
+
+    template <bool kNear>
+    FASTKD_HD TermGrad column(float d, float p_t, float p_s) const {
+        if constexpr (kNear) return near(d, p_t, p_s);
         const float c_t = kTeacherTerm ? numbers.c_t : 0.0f;
         const float c_s = kStudentTerm ? numbers.c_s : 0.0f;
-        if constexpr (kMix == Mix::kStudent) return {c_t * bregman<kExact>(p_t, d, p_s), -c_t * p_t};
-        if constexpr (kMix == Mix::kTeacher)
-            return {c_s * bregman<kExact>(p_s, -d, p_t), c_s * (p_s - mul0(p_s, d))};
-        const float w = numbers.w;
-        const LogMixture log_m = log_mixture<kExact>(d, p_t, p_s, w);
-        const float m = w * p_t + (1.0f - w) * p_s;
-        float term = 0.0f;
-        float g = (w - 1.0f) * log_m.student_share * (c_t * p_t + c_s * p_s);
-        if constexpr (kTeacherTerm) term += c_t * bregman<kExact>(p_t, -log_m.over_teacher, m);
-        if constexpr (kStudentTerm) {
-            term += c_s * bregman<kExact>(p_s, -log_m.over_student, m);
-            g += c_s * (p_s - mul0(p_s, log_m.over_student));
+        if constexpr (kMix == Mix::kStudent) return {c_t * bregman<false>(p_t, d, p_s), -c_t * p_t};
+        if constexpr (kMix == Mix::kTeacher) return {c_s * bregman<false>(p_s, -d, p_t), -c_s * mul0(p_s, d)};
+        const float w = numbers.w, v = 1.0f - w;
+        const float log_v = log(v);
+        const bool teacher_larger = d > 0.0f;
+        const float exp_minus = exp_from_ratio(abs(d), teacher_larger ? p_s : p_t, teacher_larger ? p_t : p_s);
+        // log(m/p_t) where the teacher's is larger, else log(m/p_s) − log v.
+        const float excess = teacher_larger ? v * (exp_minus - 1.0f) : w / v * exp_minus;
+        const float log_ratio = log1p(excess, 1.0f + excess);
+        const float over_student = teacher_larger ? log_ratio + d : log_ratio + log_v;
+        const float m = w * p_t + v * p_s;
+        float term = 0.0f, slope = 0.0f;
+        if constexpr (kTeacherTerm) {
+            const float over_teacher = teacher_larger ? log_ratio : over_student - d;
+            term += c_t * bregman<false>(p_t, -over_teacher, m);
         }
-        return {term, g};
+        if constexpr (kStudentTerm) {
+            term += c_s * bregman<false>(p_s, -over_student, m);
+            slope = -c_s * (teacher_larger ? over_student - log_v : log_ratio);
+        }
+        const float over_larger = teacher_larger ? 1.0f + excess : v * (1.0f + excess);  // m over the larger one
+        const float teacher_share = divide(teacher_larger ? 1.0f : exp_minus, over_larger);  // p_t/m
+        return {term, mul0(p_s, slope + (c_s * w - c_t * v) * teacher_share)};
+    }
+
+   private:
+    FASTKD_HD TermGrad near(float d, float p_t, float p_s) const {
+        const float c_t = kTeacherTerm ? numbers.c_t : 0.0f;
+        const float c_s = kStudentTerm ? numbers.c_s : 0.0f;
+        const Excess excess(d, p_t, p_s);
+        if constexpr (kMix == Mix::kStudent) return {c_t * bregman<true>(p_t, d, p_s), -c_t * excess.mass};
+        if constexpr (kMix == Mix::kTeacher) return {c_s * bregman<true>(p_s, -d, p_t), -c_s * mul0(p_s, d)};
+        const float w = numbers.w, v = 1.0f - w;
+        const float over = 1.0f + w * excess.ratio, m = p_s + w * excess.mass;
+        const float log_s = -log1p(w * excess.ratio, over);  // log(p_s/m)
+        float term = 0.0f, slope = (c_s * w - c_t * v) * v * divide(excess.ratio, over);
+        if constexpr (kTeacherTerm) term += c_t * bregman<true>(p_t, d + log_s, m);
+        if constexpr (kStudentTerm) {
+            term += c_s * bregman<true>(p_s, log_s, m);
+            slope += c_s * log_s;
+        }
+        return {term, mul0(p_s, slope)};
     }
 };
 
-// H(p_t, p_s): forward KL plus the teacher's entropy; the same gradient.
-struct CrossEntropy {
-    Numbers numbers;
-    static constexpr bool kExactDiffers = false;
-    static constexpr bool kGradNeedsRatio = false;
-    static constexpr Moment kMoment = Moment::kTeacherLog;
-    static constexpr GradSum kGradSum = GradSum::kConstant;
+// H(p_t, p_s): forward KL plus the teacher's entropy, which has no gradient.
+struct CrossEntropy : MixtureKL<true, false, Mix::kStudent> {
+    static constexpr bool kEntropy = true;
 
     static bool matches(const Numbers& n) { return n.formula == Formula::kCrossEntropy; }
-    FASTKD_HD float weight() const { return 1.0f; }
-    template <bool kExact>
-    FASTKD_HD TermGrad column(float b, float, float p_t, float) const {
-        return {-mul0(p_t, b), -p_t};
-    }
 };
 
+// Two-sided: g is p_s·[p_s > p_t] or, in the other form, less p_s, −p_s·[p_s < p_t]: the side that has less of p_s leaves
+// less to cancel. A tie is half on each.
 struct TotalVariation {
     Numbers numbers;
-    static constexpr bool kExactDiffers = false;
-    static constexpr bool kGradNeedsRatio = false;
+    static constexpr bool kEntropy = false;
+    static constexpr bool kTwoSided = true;
+    static constexpr bool kGradNeedsRatio = true;
     static constexpr Moment kMoment = Moment::kNone;
     static constexpr GradSum kGradSum = GradSum::kSummed;
 
     static bool matches(const Numbers& n) { return n.formula == Formula::kTotalVariation; }
     FASTKD_HD float weight() const { return 1.0f; }
-    template <bool kExact>
-    FASTKD_HD TermGrad column(float, float, float p_t, float p_s) const {
-        const float half = p_s > p_t ? 0.5f : p_s < p_t ? -0.5f : p_s - p_t;  // the last keeps a NaN
-        return {half * (p_s - p_t), half * p_s};
+    FASTKD_HD float near_below() const { return kFewDigits; }
+    template <bool kNear>
+    FASTKD_HD TermGrad column(float d, float p_t, float p_s) const {
+        const float difference = kNear ? Excess(d, p_t, p_s).mass : p_t - p_s;
+        return {0.5f * abs(difference), p_s * (d < 0.0f ? 1.0f : d > 0.0f ? 0.0f : 0.5f)};
     }
 };
 
 // Stands for the divergence where there is no soft term.
 struct NoSoftTerm {
-    static constexpr bool kExactDiffers = false;
+    static constexpr bool kEntropy = false;
+    static constexpr bool kTwoSided = false;
     static constexpr bool kGradNeedsRatio = false;
     static constexpr Moment kMoment = Moment::kNone;
     static constexpr GradSum kGradSum = GradSum::kConstant;
 
     FASTKD_HD float weight() const { return 0.0f; }
-    template <bool kExact>
-    FASTKD_HD TermGrad column(float, float, float, float) const {
+    FASTKD_HD float near_below() const { return 0.0f; }
+    template <bool kNear>
+    FASTKD_HD TermGrad column(float, float, float) const {
         return {0.0f, 0.0f};
     }
 };

@@ -40,10 +40,10 @@ struct KDRowsParams {
     bool from_stats = false;            // the gradient alone, from stats
 };
 
-// Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak, (z − peak)/T and
-// (u − peak)/T; G; 1 − p_y; the form of g. Those of an absent term are 0.
+// Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak and (z − peak)/T;
+// that of (u − peak)/T less the latter; G; 1 − p_y; the form of g. Those of an absent term are 0.
 enum Stats : int {
-    kPeakStudent, kPeakTeacher, kLogHard, kLogStudent, kLogTeacher, kGradSum, kLabelRest, kGradForm, kNumStats
+    kPeakStudent, kPeakTeacher, kLogHard, kLogStudent, kLogRatio, kGradSum, kLabelRest, kGradForm, kNumStats
 };
 
 struct LogSoftmaxParams {

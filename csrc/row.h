@@ -13,8 +13,13 @@
 namespace fastkd {
 inline namespace FASTKD_ISA {
 
-// d = log p_t − log p_s = (u − z)/T − shift: from the difference of the logits, which is exact where they are close.
-FASTKD_HD float log_ratio(float z, float u, float inv_t, float shift) {
+// What goes from u before d is taken: a teacher's logits may lie at some distance above the student's, and the rounding
+// of u − z is of its size. None where the two are close, whose difference is exact.
+FASTKD_HD float offset_between(float z_peak, float u_peak) { return 8.0f * rint((u_peak - z_peak) * 0.125f); }
+
+// d = log p_t − log p_s = (u − z)/T − shift, both less the offset.
+FASTKD_HD float log_ratio(float z, float u, float offset, float inv_t, float shift) {
+    u -= offset;
     return (u == z ? 0.0f : u - z) * inv_t - shift;  // u == z: both may be −inf
 }
 
@@ -31,28 +36,22 @@ template <Moment kMoment, class Real>
 FASTKD_HD Real moment_of(Real s, Real t, Real x, Real y) {
     if constexpr (kMoment == Moment::kTeacherRatio) return mul0(t, y - x);
     if constexpr (kMoment == Moment::kStudentRatio) return mul0(s, x - y);
-    if constexpr (kMoment == Moment::kTeacherLog) return mul0(t, x);
     return 0;
 }
-
-// Below this a divergence has too few digits if its terms, or what it is averaged from, are good to 1e-7.
-constexpr float kFewDigits = 0.05f;
 
 template <class Real>
 struct Value {
     Real value;
-    bool has_digits;  // else stage 2 sums it again, from terms that are small themselves
+    bool has_digits;  // else stage 2 sums it
 };
 
-// S from that average over T, log Σ exp of z and the teacher's less the student's.
+// S from that average over T, and log Σ exp of the teacher's less the student's.
 template <class Functor, class Real>
-FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real log_s, Real log_ratio) {
-    constexpr Moment kMoment = Functor::kMoment;
-    if constexpr (kMoment == Moment::kTeacherLog) return {functor.weight() * (log_s - mean), true};
-    const Real value = kMoment == Moment::kTeacherRatio ? mean - log_ratio : mean + log_ratio;
+FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real log_ratio) {
+    const Real value = Functor::kMoment == Moment::kTeacherRatio ? mean - log_ratio : mean + log_ratio;
     const Real size = mean < 0 ? -mean : mean;
-    // The mean is good to some 1e-7 of its size; written so that a NaN is not summed again.
-    bool has_digits = !(value < Real(kFewDigits) + Real(0.02) * size);
+    // The mean is good to some 1e-7 of its size; the sum before it was divided may have overflowed.
+    bool has_digits = value >= Real(0.02) * size && size < Real(kInfinity);
     // A G of thousands must be rounded as the g are from which it is subtracted.
     if (Functor::kGradSum == GradSum::kFromValue && size > 64) has_digits = false;
     return {functor.weight() * value, has_digits};

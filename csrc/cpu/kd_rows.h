@@ -2,10 +2,10 @@
 //
 // Math    row.h. Stage 1 keeps the exponentials of z and u, each tile relative to its own peak; stages 2 and 3 only
 //         multiply them by one factor a tile, so a column costs two exponentials in all.
-//         S comes with stage 1 where a mean of d under p_t or p_s gives it (Moment). Near 0, where that mean has no
-//         digits left, it is summed again from terms that are small themselves; a true mixture is always summed so.
+//         S comes with stage 1 where a mean of d under p_t or p_s gives it (Moment); else stage 2 sums it. Near 0, where
+//         neither has digits left, stage 2 sums terms that are small themselves, and keeps g in its near form.
 // Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32 (u and dz fp64 too), last stride 1; labels [N] int64; scales, losses [N]
-//         fp32; stats [N, 8] fp32. scratch: three rows and three tiles of float, and nine numbers a tile.
+//         fp32; stats [N, 8] fp32. scratch: three rows and three tiles of float, and ten numbers a tile.
 // Bytes   of memory: reads z and u, writes dz, each once. Of the cache: 8 a column written and read for the
 //         exponentials, and z and u again where g or a small S needs d.
 #pragma once
@@ -71,13 +71,13 @@ class Row {
         const int64_t row_floats = p_.from_stats ? kTile : tiles_of(n_) * kTile;
         for (float** part : {&e_s_, &e_t_, &e_h_}) *part = scratch, scratch += row_floats;
         for (float** part : {&z_tile_, &u_tile_, &dz_tile_}) *part = scratch, scratch += kTile;
-        for (float** part : {&z_peaks_, &u_peaks_, &sum_s_, &sum_t_, &sum_h_, &moment_, &by_s_, &by_t_, &by_h_})
+        for (float** part : {&z_peaks_, &u_peaks_, &sum_s_, &sum_t_, &sum_h_, &moment_, &entropy_, &by_s_, &by_t_, &by_h_})
             *part = scratch, scratch += tiles_of(n_);
     }
 
     static int64_t scratch_floats(const KDRowsParams& p) {
         const int64_t tiles = tiles_of(p.n);
-        return 3 * (p.from_stats ? 1 : tiles) * kTile + 3 * kTile + 9 * tiles;
+        return 3 * (p.from_stats ? 1 : tiles) * kTile + 3 * kTile + 10 * tiles;
     }
 
     void losses_and_gradient() {
@@ -93,9 +93,11 @@ class Row {
         u_peak_ = stats[kPeakTeacher];
         total_h_ = std::exp(static_cast<double>(stats[kLogHard]));
         total_s_ = std::exp(static_cast<double>(stats[kLogStudent]));
-        total_t_ = std::exp(static_cast<double>(stats[kLogTeacher]));
-        base_.shift = shift_between(static_cast<double>(stats[kLogTeacher]) - stats[kLogStudent]);
+        total_t_ = total_s_ * std::exp(static_cast<double>(stats[kLogRatio]));
+        set_ratio(stats[kLogRatio]);
         base_.grad_sum = stats[kGradSum];
+        base_.other_side = stats[kGradForm];
+        near_ = !Functor::kTwoSided && stats[kGradForm] != 0.0f;
         rest_ = stats[kLabelRest];
         stage3<true>();
     }
@@ -126,16 +128,18 @@ class Row {
         if (at + 1 < tile.n) f(at + 1, tile.n, false);
     }
 
-    template <Hard kHard, Moment kMoment>
+    template <Hard kHard, Moment kMoment, bool kEntropy>
     void exponentials_of(const Tile& t, int first, int end, float z_shift, float u_shift, float h_shift, int64_t to,
                          ExpSums& sums) const {
-        exponentials<kSoft, kHard, kMoment>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
+        exponentials<kSoft, kHard, kMoment, kEntropy>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
                                             e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums);
     }
 
-    // Of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).
-    float shift_between(double log_sums) const {
-        return static_cast<float>((static_cast<double>(u_peak_) - z_peak_) / p_.temperature + log_sums);
+    // Offset and shift of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).
+    void set_ratio(double log_sums) {
+        base_.offset = offset_between(z_peak_, u_peak_);
+        const double distance = static_cast<double>(u_peak_) - base_.offset - z_peak_;
+        base_.shift = static_cast<float>(distance / p_.temperature + log_sums);
     }
 
     void stage1() {
@@ -154,11 +158,13 @@ class Row {
                 around_label(t, [&](int first, int end, bool is_label) {
                     const float others = sums.hard;
                     const float z_shift = shift_of(z_peaks_[i]), u_shift = shift_of(u_peaks_[i]);
-                    exponentials_of<hard.value, Functor::kMoment>(t, first, end, z_shift, u_shift, z_shift, t.at, sums);
+                    exponentials_of<hard.value, Functor::kMoment, Functor::kEntropy>(t, first, end, z_shift, u_shift,
+                                                                                     z_shift, t.at, sums);
                     if (is_label) sums.hard = others;
                 });
             });
-            sum_s_[i] = sums.s, sum_t_[i] = sums.t, sum_h_[i] = sums.hard, moment_[i] = sums.moment;
+            sum_s_[i] = sums.s, sum_t_[i] = sums.t, sum_h_[i] = sums.hard;
+            moment_[i] = sums.moment, entropy_[i] = sums.entropy;
         }
         z_peak_ = z_peak;
         u_peak_ = u_peak;
@@ -197,9 +203,8 @@ class Row {
         if (kSoft) {
             stats[kPeakTeacher] = shift_of(u_peak_);
             stats[kLogStudent] = static_cast<float>(std::log(s));
-            stats[kLogTeacher] = static_cast<float>(std::log(t));
             log_sums_ = std::log(t / s);
-            base_.shift = shift_between(log_sums_);
+            set_ratio(log_sums_);
         }
     }
 
@@ -207,41 +212,68 @@ class Row {
     void finish_soft() {
         Value<double> sum = {0.0, false};
         if constexpr (Functor::kMoment != Moment::kNone)
-            sum = value_from_mean(functor_, moment() / p_.temperature, std::log(total_s_), log_sums_);
-        if constexpr (Functor::kGradSum == GradSum::kConstant) base_.grad_sum = -functor_.weight();
-        if constexpr (Functor::kGradSum == GradSum::kFromValue)
-            base_.grad_sum = static_cast<float>(functor_.weight() + sum.value);
-        if constexpr (Functor::kMoment != Moment::kTeacherLog)
-            if (!sum.has_digits) sum.value = stage2();
+            sum = value_from_mean(functor_, mean<Functor::kMoment>(moment_), log_sums_);
+        base_.grad_sum = Functor::kGradSum == GradSum::kConstant ? -functor_.weight() : static_cast<float>(sum.value);
+        const double near_below = functor_.near_below();
+        const bool is_small = Functor::kMoment != Moment::kNone && sum.value < near_below;
+        if (!sum.has_digits && !is_small) sum.value = stage2<false>();
+        if constexpr (kSoft) {
+            if (sum.value < near_below) {
+                near_ = true;
+                sum.value = stage2<true>();
+                // What the rounding of the normalisers adds to every d shows in Σ (p_t − p_s) = 0. A divergence feels
+                // its square, total variation itself.
+                if (Functor::kTwoSided || excess_ * excess_ > 2e-6 * sum.value) {
+                    log_sums_ += excess_;
+                    set_ratio(log_sums_);
+                    sum.value = stage2<true>();
+                }
+            }
+        }
+        if constexpr (Functor::kEntropy) sum.value += std::log(total_t_) - mean<Moment::kTeacherRatio>(entropy_);
         p_.soft[row_] = static_cast<float>(sum.value < 0.0 ? 0.0 : sum.value);
-        p_.stats[row_ * kNumStats + kGradSum] = base_.grad_sum;
+        float* stats = p_.stats + row_ * kNumStats;
+        stats[kLogRatio] = static_cast<float>(log_sums_);
+        stats[kGradSum] = base_.grad_sum;
+        stats[kGradForm] = Functor::kTwoSided ? base_.other_side : near_ ? 1.0f : 0.0f;
     }
 
-    // The mean of what stage 1 summed, relative to the row's peaks instead of each tile's.
-    double moment() const {
-        constexpr bool kByStudent = Functor::kMoment == Moment::kStudentRatio;
+    // A mean of what stage 1 summed, over T: relative to the row's peaks instead of each tile's.
+    template <Moment kMoment>
+    double mean(const float* sums) const {
+        constexpr bool kByStudent = kMoment == Moment::kStudentRatio;
         double sum = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
-            const double z = shift_of(z_peaks_[i]) - shift_of(z_peak_), u = shift_of(u_peaks_[i]) - shift_of(u_peak_);
-            const double of_shift = moment_of<Functor::kMoment>(double{sum_s_[i]}, double{sum_t_[i]}, z, u);
-            sum += mul0(double{kByStudent ? by_s_[i] : by_t_[i]}, moment_[i] + of_shift);
+            const bool of_teacher_alone = sums == entropy_;
+            const double z = of_teacher_alone ? 0.0 : shift_of(z_peaks_[i]) - shift_of(z_peak_);
+            const double u = shift_of(u_peaks_[i]) - shift_of(u_peak_);
+            const double of_shift = moment_of<kMoment>(double{sum_s_[i]}, double{sum_t_[i]}, z, u);
+            sum += mul0(double{kByStudent ? by_s_[i] : by_t_[i]}, sums[i] + of_shift);
         }
-        return sum / (kByStudent ? total_s_ : total_t_);
+        return sum / (kByStudent ? total_s_ : total_t_) / p_.temperature;
     }
 
+    template <bool kNear>
     double stage2() {
-        double value = 0.0, grad_sum = 0.0;
+        double value = 0.0, grad_sum = 0.0, other_grad_sum = 0.0;
+        excess_ = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             const Tile t = tile(i);
             TermSums sums;
-            if (kSummed && p_.dz.data)
-                evaluate<true>(functor_, t.z, t.u, t.n, factors(i), e_s_ + t.at, e_t_ + t.at, sums);
+            if ((kSummed || kNear) && p_.dz.data)
+                evaluate<kNear, true>(functor_, t.z, t.u, t.n, factors(i), e_s_ + t.at, e_t_ + t.at, sums);
             else
-                evaluate<false>(functor_, t.z, t.u, t.n, factors(i), e_s_ + t.at, e_t_ + t.at, sums);
+                evaluate<kNear, false>(functor_, t.z, t.u, t.n, factors(i), e_s_ + t.at, e_t_ + t.at, sums);
             value += sums.term;
             grad_sum += sums.g;
+            other_grad_sum += sums.other_g;
+            excess_ += sums.excess;
         }
-        if (Functor::kGradSum != GradSum::kConstant) base_.grad_sum = static_cast<float>(grad_sum);
+        if constexpr (Functor::kTwoSided) {
+            base_.other_side = grad_sum > -other_grad_sum ? 1.0f : 0.0f;
+            if (base_.other_side != 0.0f) grad_sum = other_grad_sum;
+        }
+        if (kNear || Functor::kGradSum != GradSum::kConstant) base_.grad_sum = static_cast<float>(grad_sum);
         return value;
     }
 
@@ -250,18 +282,25 @@ class Row {
         by.inv_t = inv_t_;
         by.p_s = static_cast<float>(by_s_[i] / total_s_);
         by.p_t = static_cast<float>(by_t_[i] / total_t_);
+        by.u_peak = shift_of(u_peak_), by.k = k_, by.p_t_of_peak = static_cast<float>(1.0 / total_t_);
         return by;
     }
 
     template <bool kFromStats>
     void stage3() {
+        if constexpr (!kSoft) return stage3<kFromStats, GradSource::kNoSoft>();
+        if constexpr (kSoft && !kSummed) {
+            if (!near_) return stage3<kFromStats, GradSource::kFunctor>();
+        }
+        if constexpr (kSoft) stage3<kFromStats, GradSource::kKept>();
+    }
+
+    template <bool kFromStats, GradSource kSource>
+    void stage3() {
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f;
         const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ : 0.0f;
         const float smooth = p_.smoothing / static_cast<float>(n_);
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
-        constexpr GradSource kSource = !kSoft    ? GradSource::kNoSoft
-                                       : kSummed ? GradSource::kKept
-                                                 : GradSource::kFunctor;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             const bool load = kFromStats || (kSource == GradSource::kFunctor && Functor::kGradNeedsRatio);
             const Tile t = tile(i, load, load);
@@ -272,10 +311,13 @@ class Row {
             with_hard<kSoft>(hard_mode_, [&](auto hard) {
                 if constexpr (kFromStats) {
                     ExpSums sums;
-                    exponentials_of<hard.value, Moment::kNone>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, sums);
-                    if constexpr (kSummed) {
+                    exponentials_of<hard.value, Moment::kNone, false>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, sums);
+                    if constexpr (kSource == GradSource::kKept) {
                         TermSums terms;
-                        evaluate<true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
+                        if (near_)
+                            evaluate<true, true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
+                        else
+                            evaluate<false, true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
                     }
                 }
                 around_label(t, [&](int first, int end, bool is_label) {
@@ -305,10 +347,11 @@ class Row {
     int64_t label_ = -1;
     // Kept exponentials, tiles as float, and the tiles' shifts, sums and factors.
     float *e_s_, *e_t_, *e_h_, *z_tile_, *u_tile_, *dz_tile_;
-    float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *by_s_, *by_t_, *by_h_;
+    float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *entropy_, *by_s_, *by_t_, *by_h_;
     float z_peak_ = 0.0f, u_peak_ = 0.0f;
-    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0;
+    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0, excess_ = 0.0;
     float z_y_ = 0.0f, rest_ = 0.0f;
+    bool near_ = false;
     TileFactors base_;
 };
 

@@ -46,16 +46,16 @@ FASTKD_TILE_LOOP inline float sum_of_exp(const float* x, int n, float shift, flo
 }
 
 struct ExpSums {
-    float s = 0.0f, t = 0.0f, hard = 0.0f, moment = 0.0f;
+    float s = 0.0f, t = 0.0f, hard = 0.0f, moment = 0.0f, entropy = 0.0f;
 };
 
 // Stage 1: the exponentials of a tile, and their sums.
 //   e_s = exp((z − z_shift)/T), e_t = exp((u − u_shift)/T); e_h = exp(z − h_shift), kept only if it is no power of e_s
-template <bool kSoft, Hard kHard, Moment kMoment>
+template <bool kSoft, Hard kHard, Moment kMoment, bool kEntropy>
 FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n, float z_shift, float u_shift,
                                           float h_shift, float k, float* e_s, float* e_t, float* e_h, ExpSums& sums) {
-    float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f;
-#pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment)
+    float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f, entropy = 0.0f;
+#pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment, entropy)
     for (int j = 0; j < n; ++j) {
         const float z_j = z[j] - z_shift;
         float s = 0.0f;
@@ -68,6 +68,7 @@ FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n,
             sum_s += s;
             sum_t += t;
             moment += moment_of<kMoment>(s, t, z_j, u_j);
+            if constexpr (kEntropy) entropy += mul0(t, u_j);
         }
         if constexpr (kHard == Hard::kOwn) {
             const float h = exp(z[j] - h_shift);
@@ -81,36 +82,46 @@ FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n,
     sums.t += sum_t;
     sums.hard += sum_h;
     sums.moment += moment;
+    sums.entropy += entropy;
 }
 
 // What turns a tile's exponentials into probabilities, and the numbers of stages 2 and 3.
 struct TileFactors {
     float p_s = 0.0f, p_t = 0.0f;               // p_s = p_s_factor·e_s, p_t = p_t_factor·e_t
-    float inv_t = 1.0f, shift = 0.0f;           // d = (u − z)·inv_t − shift
+    float u_peak = 0.0f, k = 0.0f, p_t_of_peak = 0.0f;  // p_t = p_t_of_peak·2^((u − u_peak)·k)
+    float offset = 0.0f, inv_t = 1.0f, shift = 0.0f;  // d = (u − offset − z)·inv_t − shift
     float soft = 0.0f, grad_sum = 0.0f;         // soft_scale/T, G
+    float other_side = 0.0f;                    // of a two-sided g: 1 for the one less p_s
     float hard = 0.0f, constant = 0.0f;         // hard_scale·p_h = hard·e_h; what is added to every column
 };
 
 struct TermSums {
     float term = 0.0f, g = 0.0f;
+    float other_g = 0.0f;  // of a two-sided g, less p_s
+    float excess = 0.0f;   // of the near form: Σ p_t − p_s
 };
 
-// Stage 2: the sums of term and g. g is kept in e_t's place if asked for.
-template <bool kKeepG, class Functor>
+// Stage 2: the sums of term and g. g is kept in e_t's place if asked for, where the near form may find that of the far.
+template <bool kNear, bool kKeepG, class Functor>
 FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, const float* u, int n,
                                       const TileFactors& by, const float* e_s, float* e_t, TermSums& sums) {
-    float sum_term = 0.0f, sum_g = 0.0f;
+    float sum_term = 0.0f, sum_g = 0.0f, sum_other = 0.0f, sum_excess = 0.0f;
     const TileFactors f = by;
-#pragma omp simd reduction(+ : sum_term, sum_g)
+#pragma omp simd reduction(+ : sum_term, sum_g, sum_other, sum_excess)
     for (int j = 0; j < n; ++j) {
-        const float d = log_ratio(z[j], u[j], f.inv_t, f.shift);
-        const TermGrad column = functor.template column<true>(0.0f, d, f.p_t * e_t[j], f.p_s * e_s[j]);
+        const float d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift), p_s = f.p_s * e_s[j];
+        const float p_t = kNear ? f.p_t_of_peak * exp2((u[j] - f.u_peak) * f.k) : f.p_t * e_t[j];
+        const TermGrad column = functor.template column<kNear>(d, p_t, p_s);
         sum_term += column.term;
         sum_g += column.g;
+        if constexpr (Functor::kTwoSided) sum_other += column.g - p_s;
+        if constexpr (kNear) sum_excess += Excess(d, p_t, p_s).mass;
         if constexpr (kKeepG) e_t[j] = column.g;
     }
     sums.term += sum_term;
     sums.g += sum_g;
+    sums.other_g += sum_other;
+    sums.excess += sum_excess;
 }
 
 // Where stage 3 takes g from: nowhere, the functor, or stage 2.
@@ -130,10 +141,11 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
             float g;
             if constexpr (kSource == GradSource::kKept) {
                 g = e_t[j];
+                if constexpr (Functor::kTwoSided) g -= f.other_side * p_s;
             } else {
                 float d = 0.0f;
-                if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.inv_t, f.shift);
-                g = functor.template column<true>(0.0f, d, f.p_t * e_t[j], p_s).g;
+                if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift);
+                g = functor.template column<false>(d, f.p_t * e_t[j], p_s).g;
             }
             sum += f.soft * soft_gradient<Functor>(g, p_s, f.grad_sum);
         }

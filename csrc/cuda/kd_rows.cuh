@@ -29,6 +29,7 @@ struct RowState {
     float others = 0.0f;          // Σ exp(z − z_peak), the label's column apart
     float s = 0.0f, t = 0.0f;     // Σ exp((z − z_peak)/T), Σ exp((u − u_peak)/T)
     float moment = 0.0f;          // Σ of what kMoment names, with the same exponentials and peaks
+    float entropy = 0.0f;         // Σ exp((u − u_peak)/T)·(u − u_peak)
     float sum_z = 0.0f;           // Σ z − anchor
 };
 
@@ -43,8 +44,19 @@ struct RowNumbers {
     float anchor;                // z_y, for the mean of z: far from 0 a sum of z has no digits left
     float z_shift, u_shift;      // the peaks
     float lse_h, lse_s, lse_t;   // log₂ normalisers of z, z/T, u/T, relative to the peaks
-    float shift;                 // of d, in natural units
+    float offset, shift;         // of d, in natural units
+    bool near;                   // the form of g
+    float other_side;
+    float log_ratio_of_sums;
     float grad_sum, rest;
+
+    // Given log Σ exp((u − peak)/T) less that of z.
+    FASTKD_D void set_ratio(float log_sums) {
+        lse_t = lse_s + log_sums * kLog2E;
+        offset = offset_between(z_shift, u_shift);
+        shift = (u_shift - offset - z_shift) * inv_t + log_sums;
+        log_ratio_of_sums = log_sums;
+    }
 
     template <bool kPower>
     FASTKD_D float hard_exp(float tempered, float x) const {
@@ -53,7 +65,7 @@ struct RowNumbers {
 };
 
 // Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
-template <bool kSoft, bool kPower, Moment kMoment>
+template <bool kSoft, bool kPower, class Functor>
 FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowNumbers& row) {
     const float z_drop = state.z_peak - shift_of(z_peak);
     const float by_s = kSoft ? exp2(z_drop * row.k) : 0.0f;
@@ -62,7 +74,9 @@ FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowNumb
     if constexpr (kSoft) {
         const float u_drop = state.u_peak - shift_of(u_peak);
         const float by_t = exp2(u_drop * row.k);
+        constexpr Moment kMoment = Functor::kMoment;
         const float of_shift = moment_of<kMoment>(state.s, state.t, z_drop, u_drop);
+        if constexpr (Functor::kEntropy) state.entropy = mul0(by_t, state.entropy + mul0(state.t, u_drop));
         state.moment = mul0(kMoment == Moment::kStudentRatio ? by_s : by_t, state.moment + of_shift);
         state.s *= by_s;
         state.t *= by_t;
@@ -71,7 +85,7 @@ FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowNumb
 }
 
 // Stage 1 of a vector. kLabel: it may hold the label's column.
-template <bool kSoft, bool kPower, Moment kMoment, bool kLabel, class T>
+template <bool kSoft, bool kPower, class Functor, bool kLabel, class T>
 FASTKD_D void accumulate(RowState& state, int first, const Vec<T>& z, const Vec<T>& u, int n, const RowNumbers& row) {
     constexpr int kColumns = Vec<T>::kColumns;
     float z_peak = state.z_peak, u_peak = state.u_peak;
@@ -80,7 +94,7 @@ FASTKD_D void accumulate(RowState& state, int first, const Vec<T>& z, const Vec<
         z_peak = max(z[j], z_peak);
         if (kSoft) u_peak = max(u[j], u_peak);
     }
-    rescale<kSoft, kPower, kMoment>(state, z_peak, u_peak, row);
+    rescale<kSoft, kPower, Functor>(state, z_peak, u_peak, row);
     const float z_shift = shift_of(z_peak), u_shift = shift_of(u_peak);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
@@ -91,7 +105,8 @@ FASTKD_D void accumulate(RowState& state, int first, const Vec<T>& z, const Vec<
             const float t = exp2(y * row.k);
             state.s += s;
             state.t += t;
-            state.moment += moment_of<kMoment>(s, t, x, y);
+            state.moment += moment_of<Functor::kMoment>(s, t, x, y);
+            if constexpr (Functor::kEntropy) state.entropy += mul0(t, y);
         }
         if (!kLabel || first + j != row.label) state.others += row.hard_exp<kPower>(s, x);
         if (!kPower && row.smooth) state.sum_z += first + j >= 0 && first + j < n ? z[j] - row.anchor : 0.0f;
@@ -99,41 +114,43 @@ FASTKD_D void accumulate(RowState& state, int first, const Vec<T>& z, const Vec<
 }
 
 // Merges the states of a warp's lanes; every lane gets the result.
-template <bool kSoft, bool kPower, Moment kMoment>
+template <bool kSoft, bool kPower, class Functor>
 FASTKD_D void merge_lanes(RowState& state, const RowNumbers& row) {
-    rescale<kSoft, kPower, kMoment>(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
+    rescale<kSoft, kPower, Functor>(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
     state.others = warp_sum(state.others);
     state.sum_z = warp_sum(state.sum_z);
     if constexpr (kSoft) {
         state.s = warp_sum(state.s);
         state.t = warp_sum(state.t);
-        if constexpr (kMoment != Moment::kNone) state.moment = warp_sum(state.moment);
+        if constexpr (Functor::kMoment != Moment::kNone) state.moment = warp_sum(state.moment);
+        if constexpr (Functor::kEntropy) state.entropy = warp_sum(state.entropy);
     }
 }
 
 // The state of the whole row, by way of every block's slots.
-template <bool kSoft, bool kPower, Moment kMoment>
-FASTKD_D RowState merge_cluster(RowState state, Slots<7>& slots, const RowNumbers& row) {
-    merge_lanes<kSoft, kPower, kMoment>(state, row);
+template <bool kSoft, bool kPower, class Functor>
+FASTKD_D RowState merge_cluster(RowState state, Slots<8>& slots, const RowNumbers& row) {
+    merge_lanes<kSoft, kPower, Functor>(state, row);
     cluster_wait();  // of the kernel's start
-    slots.publish({state.z_peak, state.u_peak, state.others, state.s, state.t, state.moment, state.sum_z});
+    slots.publish({state.z_peak, state.u_peak, state.others, state.s, state.t, state.moment, state.sum_z, state.entropy});
     cluster_arrive();
     cluster_wait();
     RowState all;
-    for (int slot = thread_rank() % kWarp; slot < Slots<7>::count(); slot += kWarp) {
+    for (int slot = thread_rank() % kWarp; slot < Slots<8>::count(); slot += kWarp) {
         const auto& value = slots.values;
         RowState other = {value[0][slot], value[1][slot], value[2][slot], value[3][slot],
-                          value[4][slot], value[5][slot], value[6][slot]};
+                          value[4][slot], value[5][slot], value[7][slot], value[6][slot]};
         const float z_peak = max(other.z_peak, all.z_peak), u_peak = max(other.u_peak, all.u_peak);
-        rescale<kSoft, kPower, kMoment>(all, z_peak, u_peak, row);
-        rescale<kSoft, kPower, kMoment>(other, z_peak, u_peak, row);
+        rescale<kSoft, kPower, Functor>(all, z_peak, u_peak, row);
+        rescale<kSoft, kPower, Functor>(other, z_peak, u_peak, row);
         all.others += other.others;
         all.s += other.s;
         all.t += other.t;
         all.moment += other.moment;
+        all.entropy += other.entropy;
         all.sum_z += other.sum_z;
     }
-    merge_lanes<kSoft, kPower, kMoment>(all, row);
+    merge_lanes<kSoft, kPower, Functor>(all, row);
     return all;
 }
 
@@ -144,8 +161,7 @@ FASTKD_D float normalise(RowNumbers& row, const RowState& state, float z_y, floa
     if constexpr (kSoft) {
         row.u_shift = shift_of(state.u_peak);
         row.lse_s = log2f(state.s);
-        row.lse_t = log2f(state.t);
-        row.shift = (row.u_shift - row.z_shift) * row.inv_t + log2f(state.t / state.s) * kLn2;
+        row.set_ratio(log2f(state.t / state.s) * kLn2);
     }
     if (!row.hard) return 0.0f;
     const float log_others = log2f(state.others) * kLn2;
@@ -166,9 +182,10 @@ constexpr int kBlocks = kSoft && Functor::kMoment == Moment::kNone ? 2 : 3;
 template <class T, class Functor, bool kSoft, bool kResident>
 FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<Functor, kSoft>))
 kd_rows_kernel(const KDRowsParams p, const Functor functor) {
-    FASTKD_SHARED(Slots<7>, state_slots);
-    FASTKD_SHARED(Slots<2>, sum_slots);
-    FASTKD_SHARED(Slots<2>, exact_slots);
+    FASTKD_SHARED(Slots<8>, state_slots);
+    FASTKD_SHARED(Slots<4>, far_slots);
+    FASTKD_SHARED(Slots<4>, near_slots);
+    FASTKD_SHARED(Slots<4>, centred_slots);
     constexpr Moment kMoment = Functor::kMoment;
     constexpr int kColumns = Vec<T>::kColumns;
 
@@ -213,12 +230,17 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
     float* stats = p.stats + index * kNumStats;
 
     // term and g of a column.
-    const auto evaluate = [&](auto exact, float z, float u, float& p_s) {
-        const float b = (z - row.z_shift) * row.k - row.lse_s;
+    const auto evaluate = [&](auto near, float z, float u, float& p_s, float* excess) {
         const float p_t = exp2((u - row.u_shift) * row.k - row.lse_t);
-        p_s = exp2(b);
-        const float d = log_ratio(z, u, row.inv_t, row.shift);
-        return functor.template column<decltype(exact)::value>(b * kLn2, d, p_t, p_s);
+        p_s = exp2((z - row.z_shift) * row.k - row.lse_s);
+        const float d = log_ratio(z, u, row.offset, row.inv_t, row.shift);
+        if (excess) *excess = Excess(d, p_t, p_s).mass;
+        return functor.template column<decltype(near)::value>(d, p_t, p_s);
+    };
+    const auto g_of = [&](float z, float u, float& p_s) {
+        const float g = row.near ? evaluate(std::true_type(), z, u, p_s, nullptr).g
+                                 : evaluate(std::false_type(), z, u, p_s, nullptr).g;
+        return g - row.other_side * p_s;
     };
 
     if (p.from_stats) {
@@ -226,8 +248,9 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
         row.u_shift = stats[kPeakTeacher];
         row.lse_h = stats[kLogHard] * kLog2E;
         row.lse_s = stats[kLogStudent] * kLog2E;
-        row.lse_t = stats[kLogTeacher] * kLog2E;
-        row.shift = (row.u_shift - row.z_shift) * row.inv_t + (stats[kLogTeacher] - stats[kLogStudent]);
+        row.set_ratio(stats[kLogRatio]);
+        row.near = !Functor::kTwoSided && stats[kGradForm] != 0.0f;
+        row.other_side = Functor::kTwoSided ? stats[kGradForm] : 0.0f;
         row.rest = stats[kLabelRest];
         row.grad_sum = stats[kGradSum];
         cluster_wait();
@@ -237,14 +260,14 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
             constexpr bool kPower = decltype(power)::value;
             RowState state;
             reader.template for_each<false>([&](int first, const Vec<T>& z, const Vec<T>& u) {
-                if (first != label_first) accumulate<kSoft, kPower, kMoment, false>(state, first, z, u, n, row);
+                if (first != label_first) accumulate<kSoft, kPower, Functor, false>(state, first, z, u, n, row);
             });
             if (walks_label) {
                 reader.at(label_index, [&](int first, const Vec<T>& z, const Vec<T>& u) {
-                    accumulate<kSoft, kPower, kMoment, true>(state, first, z, u, n, row);
+                    accumulate<kSoft, kPower, Functor, true>(state, first, z, u, n, row);
                 });
             }
-            return merge_cluster<kSoft, kPower, kMoment>(state, state_slots, row);
+            return merge_cluster<kSoft, kPower, Functor>(state, state_slots, row);
         };
         const RowState state = kSoft && row.is_power ? stage1(std::bool_constant<kSoft>()) : stage1(std::false_type());
         const float hard = normalise<kSoft>(row, state, z_y, p.smoothing, n);
@@ -253,30 +276,50 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
         row.grad_sum = -functor.weight();
         if constexpr (kMoment != Moment::kNone) {
             const float mean = state.moment / (kMoment == Moment::kStudentRatio ? state.s : state.t) * row.inv_t;
-            soft = value_from_mean(functor, mean, row.lse_s * kLn2, log2f(state.t / state.s) * kLn2);
-            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = functor.weight() + soft.value;
+            soft = value_from_mean(functor, mean, row.log_ratio_of_sums);
+            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = soft.value;
         }
-        const auto stage2 = [&](auto exact, Slots<2>& slots) {
-            TermGrad sums = {0.0f, 0.0f};
+        float excess = 0.0f;
+        const auto stage2 = [&](auto near, Slots<4>& slots) {
+            float term = 0.0f, g = 0.0f, other_g = 0.0f, mass = 0.0f;
             reader.template for_each<true>([&](int, const Vec<T>& z, const Vec<T>& u) {
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) {
-                    float p_s;
-                    const TermGrad column = evaluate(exact, z[j], u[j], p_s);
-                    sums.term += column.term;
-                    sums.g += column.g;
+                    float p_s, of_column = 0.0f;
+                    const TermGrad column = evaluate(near, z[j], u[j], p_s, decltype(near)::value ? &of_column : nullptr);
+                    term += column.term;
+                    g += column.g;
+                    if (Functor::kTwoSided) other_g += column.g - p_s;
+                    mass += of_column;
                 }
             });
-            slots.publish({warp_sum(sums.term), warp_sum(sums.g)});
+            slots.publish({warp_sum(term), warp_sum(g), warp_sum(other_g), warp_sum(mass)});
             cluster_arrive();
             cluster_wait();
-            // Twice that, since the hardware's logarithm is off by up to 4e-7.
-            soft = {slots.sum(0), !(slots.sum(0) < 2.0f * kFewDigits)};
-            if (Functor::kGradSum != GradSum::kConstant) row.grad_sum = slots.sum(1);
+            soft.value = slots.sum(0);
+            if (decltype(near)::value || Functor::kGradSum != GradSum::kConstant) row.grad_sum = slots.sum(1);
+            if (Functor::kTwoSided) {
+                row.other_side = row.grad_sum > -slots.sum(2) ? 1.0f : 0.0f;
+                if (row.other_side != 0.0f) row.grad_sum = slots.sum(2);
+            }
+            excess = slots.sum(3);
         };
         // Every block of the cluster takes the same way.
-        if (kSoft && kMoment == Moment::kNone) stage2(std::false_type(), sum_slots);
-        if (Functor::kExactDiffers && !soft.has_digits) stage2(std::true_type(), exact_slots);
+        if constexpr (kSoft) {
+            const float near_below = functor.near_below();
+            if (!soft.has_digits && !(kMoment != Moment::kNone && soft.value < near_below))
+                stage2(std::false_type(), far_slots);
+            row.near = soft.value < near_below;
+            if (row.near) {
+                stage2(std::true_type(), near_slots);
+                if (Functor::kTwoSided || excess * excess > 2e-6f * soft.value) {
+                    row.set_ratio(row.log_ratio_of_sums + excess);
+                    stage2(std::true_type(), centred_slots);
+                }
+            }
+            if (Functor::kEntropy)
+                soft.value += (row.lse_s * kLn2 + row.log_ratio_of_sums) - state.entropy / state.t * row.inv_t;
+        }
         if (first_thread) {
             p.hard[index] = hard;
             p.soft[index] = soft.value < 0.0f ? 0.0f : soft.value;
@@ -284,9 +327,10 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
             stats[kPeakTeacher] = row.u_shift;
             stats[kLogHard] = row.lse_h * kLn2;
             stats[kLogStudent] = row.lse_s * kLn2;
-            stats[kLogTeacher] = row.lse_t * kLn2;
+            stats[kLogRatio] = row.log_ratio_of_sums;
             stats[kGradSum] = row.grad_sum;
             stats[kLabelRest] = row.rest;
+            stats[kGradForm] = Functor::kTwoSided ? row.other_side : row.near ? 1.0f : 0.0f;
         }
     }
     if (!dz_data) return;
@@ -304,8 +348,8 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
             for (int j = 0; j < kColumns; ++j) {
                 float soft = 0.0f, p_s = 0.0f;
                 if (kSoft) {
-                    const TermGrad column = evaluate(std::false_type(), z[j], u[j], p_s);
-                    soft = soft_factor * soft_gradient<Functor>(column.g, p_s, row.grad_sum);
+                    const float g = g_of(z[j], u[j], p_s);
+                    soft = soft_factor * soft_gradient<Functor>(g, p_s, row.grad_sum);
                 }
                 if constexpr (decltype(power)::value) {
                     dz[j] = soft + p_s * (square * p_s + linear);
@@ -321,8 +365,8 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
         float soft = 0.0f;
         if (kSoft) {
             float p_s;
-            const TermGrad column = evaluate(std::false_type(), z_y, to_float(u_data[label]), p_s);
-            soft = soft_factor * soft_gradient<Functor>(column.g, p_s, row.grad_sum);
+            const float g = g_of(z_y, to_float(u_data[label]), p_s);
+            soft = soft_factor * soft_gradient<Functor>(g, p_s, row.grad_sum);
         }
         const float hard = hard_scale * ((row.smooth ? p.smoothing - smooth : 0.0f) - row.rest);
         from_float(soft + hard, dz_data[label]);

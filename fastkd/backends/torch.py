@@ -166,7 +166,7 @@ def _near_below(spec: RowSpec) -> float:
 def _near(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
     """Every mixture where the two are close; the terms have the masses m − p added, so that each is >= 0."""
     c_t, c_s, w = spec.c_t, spec.c_s, spec.w
-    d = _centred(d, p_s)
+    d = _centred(d, p_t, p_s)
     excess = torch.expm1(d)  # p_t/p_s − 1
     m = torch.lerp(p_s, p_t, w)
     log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
@@ -175,14 +175,18 @@ def _near(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, T
     return value.sum(-1, keepdim=True), _residual(slope.mul_(p_s), p_s)
 
 
-def _centred(d: Tensor, p_s: Tensor) -> Tensor:
-    """d without what the rounding of the normalisers added to all columns: the masses are equal, Σ p_s·(e^d − 1) = 0.
+def _centred(d: Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
+    """d without what the rounding of the normalisers added to all columns, which shows in Σ (p_t − p_s) = 0.
 
-    Where two distributions are close, a column far off has no mass, and is moved to where all that multiplies it stays
-    finite.
+    And within bounds beyond which a column has no mass on one side, so that all that multiplies it stays finite.
     """
     d = d.clamp(-80.0, 80.0)
-    return d.sub_(torch.expm1(d).mul_(p_s).sum(-1, keepdim=True))
+    return d.sub_(_difference(d, p_t, p_s).sum(-1, keepdim=True))
+
+
+def _difference(d: Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
+    """p_t − p_s, with all its digits as d → 0."""
+    return torch.where(d.abs() < 0.5, torch.expm1(d.clamp(-1.0, 1.0)).mul_(p_s), p_t - p_s)
 
 
 def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
@@ -198,13 +202,11 @@ def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
 
 def _total_variation(d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
     """g = p_s·[p_s > p_t] or −p_s·[p_s < p_t], whichever side has less of p_s; where they tie, half of it."""
-    difference = (p_s - p_t).abs_()
-    soft = 0.5 * difference.sum(-1, keepdim=True)
+    soft = 0.5 * (p_s - p_t).abs_().sum(-1, keepdim=True)
     near = soft < NEAR
     if not near.is_cpu or bool(near.any()):
-        d = torch.where(near, _centred(d, p_s), d)
-        close = torch.expm1(d.clamp(-1.0, 1.0)).mul_(p_s).abs_()
-        soft = 0.5 * torch.where(d.abs() < 0.5, close, difference).sum(-1, keepdim=True)
+        d = torch.where(near, _centred(d, p_t, p_s), d)
+        soft = 0.5 * _difference(d, p_t, p_s).abs_().sum(-1, keepdim=True)
     above = d.sign().mul_(-0.5).add_(0.5)
     g = p_s * above
     grad_sum = g.sum(-1, keepdim=True)

@@ -59,12 +59,12 @@ void log_sum_exp_of(const float* x, int64_t n, float k, float* merged) {
     merged[1] = sums[0] * rescale(peaks[0], merged[0], k) + sums[1] * rescale(peaks[1], merged[0], k);
 }
 
-bool divergence_of(int formula, float c_t, float c_s, float w, const float* b, const float* d, const float* p_t,
-                   const float* p_s, int64_t n, bool exact, float* term, float* g) {
+bool divergence_of(int formula, float c_t, float c_s, float w, const float* d, const float* p_t, const float* p_s,
+                   int64_t n, bool near, float* term, float* g) {
     return Divergences::dispatch({static_cast<Formula>(formula), c_t, c_s, w}, [&](const auto& functor) {
         for (int64_t i = 0; i < n; ++i) {
-            const TermGrad column = exact ? functor.template column<true>(b[i], d[i], p_t[i], p_s[i])
-                                          : functor.template column<false>(b[i], d[i], p_t[i], p_s[i]);
+            const TermGrad column = near ? functor.template column<true>(d[i], p_t[i], p_s[i])
+                                         : functor.template column<false>(d[i], p_t[i], p_s[i]);
             term[i] = column.term, g[i] = column.g;
         }
     });

@@ -76,7 +76,11 @@ def definition(divergence: str | Divergence, student: Tensor, teacher: Tensor, t
         return 0.5 * (p_t - p_s).abs().sum(-1)
     shares = [math.log(w) if w else -math.inf for w in (member.w, 1.0 - member.w)]
     log_m = torch.logaddexp(log_t + shares[0], log_s + shares[1])
-    return (member.c_t * p_t * (log_t - log_m) + member.c_s * p_s * (log_s - log_m)).sum(-1)
+    terms = member.c_t * p_t * (log_t - log_m) + member.c_s * p_s * (log_s - log_m)
+    if student.dtype == torch.float64:  # masses, whose sum is 0: without them it has no digits near convergence either
+        m = log_m.exp()
+        terms = terms + member.c_t * (m - p_t) + member.c_s * (m - p_s)
+    return terms.sum(-1)
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], student: Tensor) -> tuple[Tensor, Tensor]:

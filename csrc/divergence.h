@@ -54,15 +54,17 @@ FASTKD_HD float bregman(float p, float x, float q) {
     return abs(x) < 0.5f ? near : far;
 }
 
-// p_t − p_s and e^d − 1, each with all its digits as d → 0.
+// p_t − p_s and e^d − 1, each with all its digits as d → 0. d is moved to within ±80, beyond which one of the two has no
+// mass, and all that multiplies it must stay finite.
 struct Excess {
-    float mass, ratio;
+    float d, mass, ratio;
 
-    FASTKD_HD Excess(float d, float p_t, float p_s) {
+    FASTKD_HD Excess(float any_d, float p_t, float p_s) {
+        d = any_d < -80.0f ? -80.0f : any_d > 80.0f ? 80.0f : any_d;
         const bool close = abs(d) < 0.5f;
         const float near = exp_remainder(-d) + d;
         mass = close ? p_s * near : p_t - p_s;
-        ratio = close ? near : p_t / (p_s < 1e-37f ? 1e-37f : p_s) - 1.0f;
+        ratio = close ? near : exp(d) - 1.0f;
     }
 };
 
@@ -136,7 +138,7 @@ struct MixtureKL {
         const float over = 1.0f + w * excess.ratio, m = p_s + w * excess.mass;
         const float log_s = -log1p(w * excess.ratio, over);  // log(p_s/m)
         float term = 0.0f, slope = (c_s * w - c_t * v) * v * divide(excess.ratio, over);
-        if constexpr (kTeacherTerm) term += c_t * bregman<true>(p_t, d + log_s, m);
+        if constexpr (kTeacherTerm) term += c_t * bregman<true>(p_t, excess.d + log_s, m);
         if constexpr (kStudentTerm) {
             term += c_s * bregman<true>(p_s, log_s, m);
             slope += c_s * log_s;

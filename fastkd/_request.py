@@ -56,7 +56,8 @@ class Rows(NamedTuple):
 
 # Columns of the statistics [N, 8] that the loss hands to the gradient: the peaks max z and max u (0 where all is −inf);
 # log Σ exp of z − peak and (z − peak)/T, kept apart from the peaks because far from 0 their sum has no digits left for
-# an exponent; that of (u − peak)/T less the latter, which near convergence has the digits; G = Σ g; 1 − p_y at temperature 1, since p_y − 1 has none as p_y → 1; and which of two
-# forms g has in this row (0 or 1): they differ by a multiple of p_s, which dz = g − p_s·G does not see.
+# an exponent; that of (u − peak)/T less the latter, which has digits of its own near convergence; G = Σ g; 1 − p_y at
+# temperature 1, since p_y − 1 has none as p_y → 1; and which of two forms g has in this row (0 or 1): they differ by a
+# multiple of p_s, which dz = g − p_s·G does not see.
 PEAK_STUDENT, PEAK_TEACHER, LOG_HARD, LOG_STUDENT, LOG_RATIO, GRAD_SUM, LABEL_REST, GRAD_FORM = range(8)
 NUM_STATS = 8

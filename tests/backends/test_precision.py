@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastkd
 from tests import reference
-from tests.assertions import check_call, run
+from tests.assertions import check_call, expect, run
 from tests.cases import DIVERGENCES, STRUCTURES, inputs
 
 # The cross-entropy contains the teacher's entropy: it is not small near convergence.
@@ -139,6 +139,102 @@ def test_logits_far_from_0(backend: str, device: str, name: str, temperature: fl
             student + centre, teacher + centre, labels, backend=backend, divergence=name, reduction=reduction,
             temperature=temperature, hard_weight=0.5, label_smoothing=0.1,
         )  # fmt: skip
+
+
+def disjoint(columns: int) -> tuple[Tensor, Tensor]:
+    """Each gives the other's tokens e⁻¹⁶ of what it gives its own, at T = 1/2."""
+    lift = torch.where(torch.arange(columns) < columns // 2, 4.0, -4.0).cpu()
+    return torch.randn(4, columns, device="cpu") + lift, torch.randn(4, columns, device="cpu") - lift
+
+
+def beside(columns: int, noise: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    student = 3.0 * torch.randn(4, columns, device="cpu")
+    return student, student + noise * torch.randn(4, columns, device="cpu") + offset
+
+
+REGIMES = {
+    **{
+        f"randn x {spread}": lambda n, spread=spread: tuple(spread * torch.randn(2, 4, n, device="cpu"))
+        for spread in (0.1, 1.0, 4.0, 8.0)
+    },
+    **{f"noise {noise}": lambda n, noise=noise: beside(n, noise) for noise in (1e-1, 1e-2, 1e-3, 1e-4)},
+    "disjoint": disjoint,
+    **{f"offset {offset}": lambda n, offset=offset: beside(n, 0.5, offset) for offset in (10.0, 100.0, 1e3, 1e4)},
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_digits_in_every_regime(backend: str, device: str, regime: str, name: str) -> None:
+    """Loss and gradient to 1e-5 in norm, without a floor: from one pass, and from statistics."""
+    for temperature in (0.5, 2.0):
+        student, teacher = (x.to(device) for x in REGIMES[regime](600))
+        exact, exact_grad = expect(student, teacher, None, divergence=name, temperature=temperature, reduction="none")
+        for reduction in ("none", "sum"):
+            loss, grad = run(
+                student, teacher, None, backend=backend, divergence=DIVERGENCES[name].argument,
+                temperature=temperature, reduction=reduction,
+            )  # fmt: skip
+            expected = exact if reduction == "none" else exact.sum()
+            # At noise 1e-4 the definitions have no more digits in float64 themselves.
+            assert (loss - expected).norm() <= (1e-3 if regime == "noise 0.0001" else 1e-5) * expected.norm()
+            assert (grad - exact_grad).norm() <= 1e-5 * exact_grad.norm()
+
+
+@pytest.mark.parametrize("offset", [100.0, 1e3, 1e4])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd(0.5)", "skew_kl(0.1)", "skew_reverse_kl(0.1)"])
+def test_teacher_at_an_offset(backend: str, device: str, name: str, offset: float) -> None:
+    """Every row, where the rounding of u − z is of the offset's size: no worse than twice float32's definitions."""
+    student = 2.0 * torch.randn(16, 1000, device=device)
+    teacher = student + 0.5 * torch.randn(16, 1000, device=device) + offset
+    argument, definition = DIVERGENCES[name]
+    exact, exact_grad = expect(student, teacher, None, divergence=name, reduction="none")
+    leaf = student.clone().requires_grad_()
+    plain = definition(teacher.log_softmax(-1), leaf.log_softmax(-1))
+    (plain_grad,) = torch.autograd.grad(plain.sum(), leaf)
+    for reduction in ("none", "sum"):
+        loss, grad = run(student, teacher, None, backend=backend, divergence=argument, reduction=reduction)
+        worst = ((grad - exact_grad).norm(dim=-1) / exact_grad.norm(dim=-1)).max()
+        assert worst <= max(1e-5, 2.0 * ((plain_grad - exact_grad).norm(dim=-1) / exact_grad.norm(dim=-1)).max())
+    loss, _ = run(student, teacher, None, backend=backend, divergence=argument, reduction="none")
+    assert ((loss - exact) / exact).abs().max() <= max(1e-5, 2.0 * ((plain - exact) / exact).abs().max())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_little_mass_where_the_student_is_masked(backend: str, device: str, name: str) -> None:
+    """A divergence that is small though one token is 0 on one side: it is not a multiple of the other side's."""
+    student, teacher = (x.to(device) for x in beside(600, 1e-3))
+    student[:, 7] = -torch.inf
+    teacher[:, 7] = teacher[:, 8:].logsumexp(-1) - 6.0
+    for reduction in ("none", "sum"):
+        check_call(student, teacher, backend=backend, divergence=name, reduction=reduction)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
+def test_one_sided_finfo_min(backend: str, device: str, name: str, temperature: float) -> None:
+    """A student masked by the smallest float32 where the teacher has mass: huge, and not infinite."""
+    student, teacher, _ = inputs((2,), 300, device=device)
+    student[0, 5] = torch.finfo(torch.float32).min
+    teacher[0, 5] = teacher[0].logsumexp(-1) - 0.5
+    student[1, [3, 40, 270]] = torch.finfo(torch.float32).min
+    teacher[1, [3, 40, 270]] = teacher[1].logsumexp(-1) - 1.5
+    exact, exact_grad = expect(student, teacher, None, divergence=name, temperature=temperature, reduction="none")
+    exact /= temperature**2  # T² times it is beyond float32
+    assert (exact > 2e37).all()
+    loss, grad = run(
+        student, teacher, None, backend=backend, divergence=name, temperature=temperature, reduction="none",
+        scale_soft_by_t2=False,
+    )  # fmt: skip
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
+    assert (grad - exact_grad / temperature**2).norm() <= 1e-5 * exact_grad.norm() / temperature**2
+
+
+def test_confident_row_in_float64(device: str) -> None:
+    """softplus has its digits beyond 20."""
+    logits = torch.tensor([[0.0, 20.1]], dtype=torch.float64, device=device)
+    loss, _ = run(logits, logits, torch.tensor([0], device=device), hard_weight=1.0, soft_weight=0.0, backend="torch")
+    assert loss.item() == pytest.approx(20.10000000186501, rel=1e-14)
 
 
 def test_reference_of_the_divergences() -> None:

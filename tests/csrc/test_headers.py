@@ -128,7 +128,7 @@ def test_log_sum_exp(headers: ctypes.CDLL) -> None:
 )
 @pytest.mark.parametrize("near", [True, False])
 def test_divergence(headers: ctypes.CDLL, divergence: str | fastkd.Divergence, near: bool) -> None:
-    """Σ term is the divergence; g is its derivative by log p_s, but for a multiple of p_s: by definition and autograd."""
+    """Σ term is the divergence, and g its derivative by log p_s but for a multiple of p_s: by autograd."""
     member = fastkd.divergences.resolve(divergence)
     a = (torch.randn(500, dtype=torch.float64) * 3).log_softmax(0)
     b = (torch.randn(500, dtype=torch.float64) * 3).log_softmax(0).requires_grad_()

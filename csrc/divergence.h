@@ -36,7 +36,7 @@ struct Numbers {
     FASTKD_HD Mix mix() const { return w == 0.0f ? Mix::kStudent : w == 1.0f ? Mix::kTeacher : Mix::kBoth; }
 };
 
-// What stage 1 can average of the term, so that S is known after one walk: E_t[d] or −E_s[d].
+// What stage 1 averages: E_t[d] or −E_s[d], a KL. It is S itself, or tells early whether the two are close.
 enum class Moment : int { kNone, kTeacherRatio, kStudentRatio };
 
 // What is known of G = Σ g, in the far form, before g itself: −c_t; S; or nothing, and stage 2 sums it.
@@ -75,9 +75,8 @@ struct MixtureKL {
     static constexpr bool kEntropy = false;
     static constexpr bool kTwoSided = false;
     static constexpr bool kGradNeedsRatio = kMix != Mix::kStudent;
-    static constexpr Moment kMoment = kMix == Mix::kStudent   ? Moment::kTeacherRatio
-                                      : kMix == Mix::kTeacher ? Moment::kStudentRatio
-                                                              : Moment::kNone;
+    static constexpr Moment kMoment = kMix == Mix::kTeacher ? Moment::kStudentRatio : Moment::kTeacherRatio;
+    static constexpr bool kMeanIsValue = kMix != Mix::kBoth;
     static constexpr GradSum kGradSum = kMix == Mix::kStudent   ? GradSum::kConstant
                                         : kMix == Mix::kTeacher ? GradSum::kFromValue
                                                                 : GradSum::kSummed;
@@ -87,7 +86,10 @@ struct MixtureKL {
         return kMix != Mix::kBoth || (kTeacherTerm == (n.c_t != 0.0f) && kStudentTerm == (n.c_s != 0.0f));
     }
 
-    FASTKD_HD float weight() const { return kMix == Mix::kStudent ? numbers.c_t : numbers.c_s; }
+    // Of what stage 1 averages.
+    FASTKD_HD float weight() const {
+        return kMix == Mix::kStudent ? numbers.c_t : kMix == Mix::kTeacher ? numbers.c_s : 1.0f;
+    }
 
     // Below this a row takes the near form. The largest value of a mixture may be small itself (JSD(0.01): 0.056).
     FASTKD_HD float near_below() const {
@@ -161,7 +163,8 @@ struct TotalVariation {
     static constexpr bool kEntropy = false;
     static constexpr bool kTwoSided = true;
     static constexpr bool kGradNeedsRatio = true;
-    static constexpr Moment kMoment = Moment::kNone;
+    static constexpr Moment kMoment = Moment::kTeacherRatio;
+    static constexpr bool kMeanIsValue = false;
     static constexpr GradSum kGradSum = GradSum::kSummed;
 
     static bool matches(const Numbers& n) { return n.formula == Formula::kTotalVariation; }
@@ -180,6 +183,7 @@ struct NoSoftTerm {
     static constexpr bool kTwoSided = false;
     static constexpr bool kGradNeedsRatio = false;
     static constexpr Moment kMoment = Moment::kNone;
+    static constexpr bool kMeanIsValue = false;
     static constexpr GradSum kGradSum = GradSum::kConstant;
 
     FASTKD_HD float weight() const { return 0.0f; }

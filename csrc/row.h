@@ -43,9 +43,10 @@ template <class Real>
 struct Value {
     Real value;
     bool has_digits;  // else stage 2 sums it
+    bool is_small;    // and in the near form at once
 };
 
-// S from that average over T, and log Σ exp of the teacher's less the student's.
+// S, or a KL that tells of its size, from that average over T, and log Σ exp of the teacher's less the student's.
 template <class Functor, class Real>
 FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real log_ratio) {
     const Real value = Functor::kMoment == Moment::kTeacherRatio ? mean - log_ratio : mean + log_ratio;
@@ -54,7 +55,8 @@ FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real lo
     bool has_digits = value >= Real(0.02) * size && size < Real(kInfinity);
     // A G of thousands must be rounded as the g are from which it is subtracted.
     if (Functor::kGradSum == GradSum::kFromValue && size > 64) has_digits = false;
-    return {functor.weight() * value, has_digits};
+    const Real near_below = Functor::kMeanIsValue ? functor.near_below() : kFewDigits;
+    return {functor.weight() * value, has_digits && Functor::kMeanIsValue, functor.weight() * value < near_below};
 }
 
 struct LabelTerm {

@@ -210,15 +210,16 @@ class Row {
 
     // S and G, by the mean that stage 1 took or by stage 2.
     void finish_soft() {
-        Value<double> sum = {0.0, false};
+        Value<double> sum = {0.0, false, false};
         if constexpr (Functor::kMoment != Moment::kNone)
             sum = value_from_mean(functor_, mean<Functor::kMoment>(moment_), log_sums_);
         base_.grad_sum = Functor::kGradSum == GradSum::kConstant ? -functor_.weight() : static_cast<float>(sum.value);
-        const double near_below = functor_.near_below();
-        const bool is_small = Functor::kMoment != Moment::kNone && sum.value < near_below;
-        if (!sum.has_digits && !is_small) sum.value = stage2<false>();
+        if (!sum.has_digits && !sum.is_small) {
+            sum.value = stage2<false>();
+            sum.is_small = sum.value < functor_.near_below();
+        }
         if constexpr (kSoft) {
-            if (sum.value < near_below) {
+            if (sum.is_small) {
                 near_ = true;
                 sum.value = stage2<true>();
                 // What the rounding of the normalisers adds to every d shows in Σ (p_t − p_s) = 0. A divergence feels

@@ -177,7 +177,7 @@ FASTKD_D float normalise(RowNumbers& row, const RowState& state, float z_y, floa
 
 // A walk that sums terms takes more registers.
 template <class Functor, bool kSoft>
-constexpr int kBlocks = kSoft && Functor::kMoment == Moment::kNone ? 2 : 3;
+constexpr int kBlocks = kSoft && !Functor::kMeanIsValue ? 2 : 3;
 
 template <class T, class Functor, bool kSoft, bool kResident>
 FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<Functor, kSoft>))
@@ -272,7 +272,7 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
         const RowState state = kSoft && row.is_power ? stage1(std::bool_constant<kSoft>()) : stage1(std::false_type());
         const float hard = normalise<kSoft>(row, state, z_y, p.smoothing, n);
 
-        Value<float> soft = {0.0f, false};
+        Value<float> soft = {0.0f, false, false};
         row.grad_sum = -functor.weight();
         if constexpr (kMoment != Moment::kNone) {
             const float mean = state.moment / (kMoment == Moment::kStudentRatio ? state.s : state.t) * row.inv_t;
@@ -306,10 +306,11 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor) {
         };
         // Every block of the cluster takes the same way.
         if constexpr (kSoft) {
-            const float near_below = functor.near_below();
-            if (!soft.has_digits && !(kMoment != Moment::kNone && soft.value < near_below))
+            row.near = soft.is_small;
+            if (!soft.has_digits && !soft.is_small) {
                 stage2(std::false_type(), far_slots);
-            row.near = soft.value < near_below;
+                row.near = soft.value < functor.near_below();
+            }
             if (row.near) {
                 stage2(std::true_type(), near_slots);
                 if (Functor::kTwoSided || excess * excess > 2e-6f * soft.value) {

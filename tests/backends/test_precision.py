@@ -200,9 +200,9 @@ def test_teacher_at_an_offset(backend: str, device: str, name: str, offset: floa
     assert ((loss - exact) / exact).abs().max() <= max(1e-5, 2.0 * ((plain - exact) / exact).abs().max())
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name not in ("forward_kl", "cross_entropy")])
 def test_little_mass_where_the_student_is_masked(backend: str, device: str, name: str) -> None:
-    """A divergence that is small though one token is 0 on one side: it is not a multiple of the other side's."""
+    """A divergence that is small though one token has mass on one side alone (of the others, infinite)."""
     student, teacher = (x.to(device) for x in beside(600, 1e-3))
     student[:, 7] = -torch.inf
     teacher[:, 7] = teacher[:, 8:].logsumexp(-1) - 6.0

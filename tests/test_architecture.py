@@ -25,7 +25,7 @@ LAYERS = (
     ("_dispatch",),
     ("backends",),
     ("kernels",),
-    ("divergences", "_labels", "_views", "_version", "_cpu", "_cuda"),
+    ("divergences", "layers", "_labels", "_views", "_version", "_cpu", "_cuda"),
     ("_request", "_validate"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -148,6 +148,6 @@ def test_at_most_three_environment_variables() -> None:
     readme = (ROOT / "README.md").read_text()
     assert all(name in readme for name in own | build)
     read = {
-        name for path in SOURCES.values() for name in re.findall(r"environ[^\"']*[\"'](\w+)[\"']", path.read_text())
+        name for path in SOURCES.values() for name in re.findall(r"environ\b[^\"']*[\"'](\w+)[\"']", path.read_text())
     }
     assert read <= own | {"TRITON_INTERPRET"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd._request import Formula, Mix, Rows, RowSpec
+from fastkd._request import Formula, HiddenKind, Mix, Rows, RowSpec
 
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
@@ -73,6 +73,22 @@ def scale_(grad: Tensor, scalar: Tensor) -> None:
         chunk.copy_(chunk.to(scalar.dtype) * scalar)
 
 
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
+) -> None:
+    alive = scale != 0
+    dead = None if alive.is_cpu and bool(alive.all()) else ~alive
+    for at, (some, others, *out) in _split(student, teacher, *([] if grad is None else [grad])):
+        s, t = some.to(losses.dtype), others.to(losses.dtype)
+        loss, ds = _HIDDEN[HiddenKind(kind)](s, t, scale[at].unsqueeze(1), bool(out))
+        losses[at] = loss.squeeze(1)
+        for result in out:
+            # A row that does not count may hold NaN, which a factor of 0 would not remove.
+            result.copy_(ds if dead is None else torch.where(dead[at].unsqueeze(1), 0.0, ds))
+    if dead is not None:
+        losses.masked_fill_(dead, 0.0)
+
+
 def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
     for at, (x, result) in _split(logits, out):
         z = x.to(lse.dtype)
@@ -88,6 +104,37 @@ def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor,
         peak, log_sum = lse[at].chunk(2, -1)
         p = (x.to(lse.dtype) - peak).div_(temperature).sub_(log_sum).exp_()
         result.copy_(torch.addcmul(g, p, g.sum(-1, keepdim=True), value=-1.0).div_(temperature))
+
+
+def _mean_square(s: Tensor, t: Tensor, scale: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+    """(Σ (s − t)²/H [R, 1], its gradient times scale [R, H])."""
+    e = s - t
+    loss = e.square().mean(-1, keepdim=True)
+    return loss, e.mul_(scale * (2.0 / s.shape[-1])) if want_grad else e
+
+
+def _cosine(s: Tensor, t: Tensor, scale: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
+    """1 − cos, as half the squared distance of unit vectors, whose digits last as the two come together.
+
+    A vector of zeros has no direction: the loss is 1, the gradient 0.
+    """
+    a, b = _inverse_norm(s), _inverse_norm(t)
+    unit = s * a
+    e = torch.addcmul(unit, t, b, value=-1.0)
+    none = (a == 0) | (b == 0)
+    loss = e.square().sum(-1, keepdim=True).mul_(0.5).masked_fill_(none, 1.0)
+    if not want_grad:
+        return loss, e
+    return loss, e.addcmul_(unit, loss, value=-1.0).mul_((scale * a).masked_fill_(none, 0.0))
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1/‖x‖ [R, 1]; 0 for zeros, NaN where the square is infinite."""
+    square = x.square().sum(-1, keepdim=True)
+    return (square.rsqrt() + 0.0 * square).masked_fill_(square == 0, 0.0)
+
+
+_HIDDEN = {HiddenKind.MSE: _mean_square, HiddenKind.COSINE: _cosine}
 
 
 def _soft_term(

@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
             for member in MEMBERS if dtype == "bf16" else MEMBERS[:1]:
                 for mode in ("fused", "loss", "grad"):
                     yield kd_rows(f"{member.name}-{mode}-{suffix}", dtype, tiles, member, mode)
-        for width in (768, 4096, WIDEST):
+        for width in (768, WIDEST):
             for kind in HiddenKind:
                 types = argument_types(dtype, False, ("s", "t", "ds"), ("scale", "loss"))
                 constants = {"KIND": int(kind), "WIDTH": width}

@@ -214,11 +214,12 @@ class TestAttention:
         check_gradient(grad, torch.autograd.grad(expected, exact)[0])
 
     def test_maps(self, backend: str, device: str) -> None:
-        """Probabilities, as models return them: their logarithms are logits, −inf where they are 0."""
+        """Probabilities, as models return them: their logarithms are logits. That of 0 would have no derivative."""
         (student, real), (teacher, _) = self.scores(), self.scores()
-        rows = real[:, None].expand(2, 2, 5).to(device)
-        losses = [
-            fastkd.kd_loss(s.to(device), t.to(device), mask=rows, backend=backend)
-            for s, t in ((student, teacher), (student.softmax(-1).log(), teacher.softmax(-1).log()))
-        ]
+        student, teacher = student.to(device).requires_grad_(), teacher.to(device)
+        rows, tiny = real[:, None].expand(2, 2, 5).to(device), torch.finfo(torch.float32).tiny
+        of_maps = (x.softmax(-1).clamp_min(tiny).log() for x in (student, teacher))
+        losses = [fastkd.kd_loss(*given, mask=rows, backend=backend) for given in ((student, teacher), of_maps)]
         torch.testing.assert_close(*losses)
+        grads = [torch.autograd.grad(loss, student)[0] for loss in losses]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)

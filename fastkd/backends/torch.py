@@ -8,7 +8,7 @@ eight multiplications and ``exp`` twice ``exp2``, while ``nan_to_num`` costs no 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ def scale_(grad: Tensor, scalar: Tensor) -> None:
         chunk.copy_(chunk.to(scalar.dtype) * scalar)
 
 
+@torch.no_grad()  # of a backward that keeps a graph, which would not let out= be
 def hidden_rows(
     student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
 ) -> None:
@@ -80,11 +81,12 @@ def hidden_rows(
     dead = None if alive.is_cpu and bool(alive.all()) else ~alive
     for at, (some, others, *out) in _split(student, teacher, *([] if grad is None else [grad])):
         s, t = some.to(losses.dtype), others.to(losses.dtype)
-        loss, ds = _HIDDEN[HiddenKind(kind)](s, t, scale[at].unsqueeze(1), bool(out))
+        loss, ds, factor = _HIDDEN[HiddenKind(kind)](s, t)
         losses[at] = loss.squeeze(1)
         for result in out:
-            # A row that does not count may hold NaN, which a factor of 0 would not remove.
-            result.copy_(ds if dead is None else torch.where(dead[at].unsqueeze(1), 0.0, ds))
+            torch.mul(ds, factor * scale[at].unsqueeze(1), out=result)
+            if dead is not None:  # a row that does not count may hold NaN, which a factor of 0 does not remove
+                result.masked_fill_(dead[at].unsqueeze(1), 0.0)
     if dead is not None:
         losses.masked_fill_(dead, 0.0)
 
@@ -106,15 +108,14 @@ def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor,
         result.copy_(torch.addcmul(g, p, g.sum(-1, keepdim=True), value=-1.0).div_(temperature))
 
 
-def _mean_square(s: Tensor, t: Tensor, scale: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
-    """(Σ (s − t)²/H [R, 1], its gradient times scale [R, H])."""
+def _mean_square(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(Σ (s − t)²/H [R, 1], its gradient [R, H] but for a factor, that factor)."""
     e = s - t
-    loss = e.square().mean(-1, keepdim=True)
-    return loss, e.mul_(scale * (2.0 / s.shape[-1])) if want_grad else e
+    return e.square().mean(-1, keepdim=True), e, 2.0 / s.shape[-1]
 
 
-def _cosine(s: Tensor, t: Tensor, scale: Tensor, want_grad: bool) -> tuple[Tensor, Tensor]:
-    """1 − cos, as half the squared distance of unit vectors, whose digits last as the two come together.
+def _cosine(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of 1 − cos, as half the squared distance of unit vectors: it has digits as the two come together.
 
     A vector of zeros has no direction: the loss is 1, the gradient 0.
     """
@@ -123,9 +124,7 @@ def _cosine(s: Tensor, t: Tensor, scale: Tensor, want_grad: bool) -> tuple[Tenso
     e = torch.addcmul(unit, t, b, value=-1.0)
     none = (a == 0) | (b == 0)
     loss = e.square().sum(-1, keepdim=True).mul_(0.5).masked_fill_(none, 1.0)
-    if not want_grad:
-        return loss, e
-    return loss, e.addcmul_(unit, loss, value=-1.0).mul_((scale * a).masked_fill_(none, 0.0))
+    return loss, e.addcmul_(unit, loss, value=-1.0), a.masked_fill(none, 0.0)
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -134,7 +133,10 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return (square.rsqrt() + 0.0 * square).masked_fill_(square == 0, 0.0)
 
 
-_HIDDEN = {HiddenKind.MSE: _mean_square, HiddenKind.COSINE: _cosine}
+_HIDDEN: dict[HiddenKind, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | float]]] = {
+    HiddenKind.MSE: _mean_square,
+    HiddenKind.COSINE: _cosine,
+}
 
 
 def _soft_term(

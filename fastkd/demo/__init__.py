@@ -10,7 +10,11 @@ from pathlib import Path
 import torch
 
 # The modules that a task imports, apart from torch: the extra `demo`.
-NEEDS = {"text": ("matplotlib", "rich", "tokenizers"), "digits": ("matplotlib", "rich", "sklearn")}
+NEEDS = {
+    "text": ("matplotlib", "rich", "tokenizers"),
+    "digits": ("matplotlib", "rich", "sklearn"),
+    "layers": ("matplotlib", "rich", "tokenizers"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(NEEDS),
         default="text",
         help="text: a language model on Python's own sources, some minutes on 2 CPU cores (default); "
-        "digits: scikit-learn's handwritten digits, seconds",
+        "digits: scikit-learn's handwritten digits, seconds; "
+        "layers: students that also learn from a teacher's hidden layers, several minutes",
     )
     parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the data split, the models and the batches (default 0)")
@@ -40,6 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     console = report.console()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        if arguments.task == "layers":
+            from fastkd.demo import layers_report
+
+            layers_report.run(console, arguments.seed, device, arguments.out)
+            return 0
         with console.status("Preparing the data"):
             task = {"text": text, "digits": digits}[arguments.task].make_task(arguments.seed, device)
     except (FileNotFoundError, FileExistsError) as error:

@@ -43,18 +43,6 @@ def _final(grad: Tensor, source: Tensor) -> Tensor:
     return grad
 
 
-def _scaled(grad: Tensor, grad_loss: Tensor, backend: str) -> Tensor:
-    """The gradient that forward saved, times what comes from above; in its own memory if nobody wants it again."""
-    if torch.compiler.is_compiling():
-        return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
-    if _keeps_graph():  # a second backward will want it unscaled
-        grad = grad.clone()
-    # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
-    if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
-        _op.scale_(grad, grad_loss, backend)
-    return grad
-
-
 class _ScalarLoss(torch.autograd.Function):
     """Σ over the rows. The gradient is computed in forward."""
 
@@ -96,7 +84,15 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 8
         grad, soft = ctx.saved_tensors
-        return _final(_scaled(grad, grad_loss, ctx.backend), soft), *(None,) * 7
+        if torch.compiler.is_compiling():
+            grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
+        else:
+            if _keeps_graph():  # a second backward will want it unscaled
+                grad = grad.clone()
+            # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
+            if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
+                _op.scale_(grad, grad_loss, ctx.backend)
+        return _final(grad, soft), *(None,) * 7
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -115,7 +111,11 @@ class _LossPerRow(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         hard, soft, stats, _ = _op.kd_rows(student, teacher, labels, hard_scale, soft_scale, *spec, False, backend)
-        _save(ctx, student, teacher, labels, hard_scale, soft_scale, stats)
+        # What torch.inference_mode() made cannot be saved, but can be kept.
+        given = (teacher, labels)
+        ctx.kept = [t if _is_inference(t) else None for t in given]
+        saved = (t if kept is None else None for t, kept in zip(given, ctx.kept, strict=True))
+        ctx.save_for_backward(student, *saved, hard_scale, soft_scale, stats)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
@@ -125,7 +125,8 @@ class _LossPerRow(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
             return (None,) * 8
-        student, teacher, labels, hard_scale, soft_scale, stats = _saved(ctx)
+        student, *saved, hard_scale, soft_scale, stats = ctx.saved_tensors
+        teacher, labels = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
         # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
         hard_scale, soft_scale = (
             s if s is None else torch.where(s == 0, 0.0, s * grad_loss) for s in (hard_scale, soft_scale)
@@ -155,48 +156,6 @@ class _LogSoftmax(torch.autograd.Function):
         return _final(grad, logits), None, None, None
 
 
-class _HiddenLoss(torch.autograd.Function):
-    """Of hidden states, Σ over the rows. The gradient is computed in forward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        losses, grad = _op.hidden_rows(student, teacher, scale, kind, ctx.needs_input_grad[0], backend)
-        # losses are nobody's to change and, left differentiable, lead back to the student without keeping it.
-        ctx.save_for_backward(grad, losses)
-        ctx.set_materialize_grads(False)
-        ctx.backend = backend
-        return (losses * scale).sum(), losses
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> Any:
-        if grad_loss is None:
-            return (None,) * 5
-        grad, losses = ctx.saved_tensors
-        return _final(_scaled(grad, grad_loss, ctx.backend), losses), *(None,) * 4
-
-
-class _HiddenLossPerRow(torch.autograd.Function):
-    """Of hidden states, one loss a row. Its sums are cheap to take again: backward starts from the inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str) -> Tensor:
-        losses: Tensor
-        losses, _ = _op.hidden_rows(student, teacher, scale, kind, False, backend)
-        _save(ctx, student, teacher, scale)
-        ctx.kind, ctx.backend = kind, backend
-        return losses * scale
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        student, teacher, scale = _saved(ctx)
-        # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
-        scale = torch.where(scale == 0, 0.0, scale * grads[0])
-        _, grad = _op.hidden_rows(student, teacher, scale, ctx.kind, True, ctx.backend)
-        return _final(grad, student), *(None,) * 4
-
-
 def kd_rows(
     student: Tensor,
     teacher: Tensor | None,
@@ -220,9 +179,40 @@ def kd_rows(
     return loss.sum() if late and not per_row else loss, hard, soft
 
 
-def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
-    log_probs: Tensor = _LogSoftmax.apply(logits, temperature, dtype, backend)  # type: ignore[no-untyped-call]
-    return log_probs
+class _HiddenLoss(_ScalarLoss):
+    """Of hidden states: another forward, with no hard term. Its backward has Nones to spare, which PyTorch allows."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str
+    ) -> tuple[Tensor | None, ...]:
+        losses, grad = _op.hidden_rows(student, teacher, scale, kind, ctx.needs_input_grad[0], backend)
+        ctx.save_for_backward(grad, losses)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        return (losses * scale).sum(), None, losses
+
+
+class _HiddenLossPerRow(torch.autograd.Function):
+    """Of hidden states, one loss a row. Its sums are cheap to take again: backward starts from the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str) -> Tensor:
+        losses: Tensor
+        losses, _ = _op.hidden_rows(student, teacher, scale, kind, False, backend)
+        ctx.kept = [t if _is_inference(t) else None for t in (teacher, scale)]
+        ctx.save_for_backward(student, *(None if _is_inference(t) else t for t in (teacher, scale)))
+        ctx.kind, ctx.backend = kind, backend
+        return losses * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, *saved = ctx.saved_tensors
+        teacher, scale = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
+        # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
+        scale = torch.where(scale == 0, 0.0, scale * grads[0])
+        _, grad = _op.hidden_rows(student, teacher, scale, ctx.kind, True, ctx.backend)
+        return _final(grad, student), *(None,) * 4
 
 
 def hidden_rows(student: Tensor, teacher: Tensor, scale: Tensor, kind: int, *, per_row: bool, backend: str) -> Tensor:
@@ -233,18 +223,13 @@ def hidden_rows(student: Tensor, teacher: Tensor, scale: Tensor, kind: int, *, p
     if per_row or student.dtype == torch.float16:
         loss = _HiddenLossPerRow.apply(student, teacher, scale, kind, backend)  # type: ignore[no-untyped-call]
         return loss if per_row else loss.sum()
-    loss, _ = _HiddenLoss.apply(student, teacher, scale, kind, backend)  # type: ignore[no-untyped-call]
+    loss = _HiddenLoss.apply(student, teacher, scale, kind, backend)[0]  # type: ignore[no-untyped-call]
     return loss
 
 
-def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """For backward. What torch.inference_mode() made cannot be saved, but can be kept."""
-    ctx.kept = [t if _is_inference(t) else None for t in tensors]
-    ctx.save_for_backward(*(t if kept is None else None for t, kept in zip(tensors, ctx.kept, strict=True)))
-
-
-def _saved(ctx: Any) -> list[Any]:
-    return [t if kept is None else kept for t, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)]
+def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
+    log_probs: Tensor = _LogSoftmax.apply(logits, temperature, dtype, backend)  # type: ignore[no-untyped-call]
+    return log_probs
 
 
 def _is_inference(tensor: Tensor | None) -> bool:

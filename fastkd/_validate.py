@@ -115,10 +115,9 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing: got {label_smoothing}, must be in [0, 1)")
 
 
-def check_reduction(
-    reduction: str, num_items: int | float | Tensor | None, student_logits: Tensor, of: str = "student_logits"
-) -> None:
-    check_one_of("reduction", reduction, REDUCTIONS)
+def check_reduction(reduction: str, num_items: int | float | Tensor | None, student_logits: Tensor) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
     if num_items is None:
         return
     if reduction != "mean":
@@ -128,7 +127,7 @@ def check_reduction(
             raise ValueError(f"num_items: got shape {tuple(num_items.shape)}, must be a number or a 0-d tensor")
         check_no_gradient("num_items", num_items)
         if num_items.device.type != "cpu":
-            check_device("num_items", num_items, student_logits, of)
+            check_device("num_items", num_items, student_logits)
         return
     check_number("num_items", num_items)
     if not num_items > 0:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _autograd, _dispatch, _validate
-from fastkd._request import HiddenKind, RowSpec
+from fastkd._request import RowSpec
 from fastkd.divergences import Divergence, resolve
 
 
@@ -178,72 +178,6 @@ def log_softmax(
     # Kernels that compute in float32 have no float64 to write.
     written = torch.float32 if dtype == torch.float64 and logits.dtype != torch.float64 else dtype
     return _autograd.log_softmax(logits, float(temperature), written, _dispatch.requested(backend)).to(dtype)
-
-
-HIDDEN_KINDS = {"mse": HiddenKind.MSE, "cosine": HiddenKind.COSINE}
-
-
-def hidden_loss(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    *,
-    kind: str = "mse",
-    mask: Tensor | None = None,
-    token_weights: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """How far a student's hidden states are from a teacher's, its gradient computed in the same pass.
-
-    Per row of width H ``Σ (s − t)² / H`` (TinyBERT, Jiao et al., 2020), or ``1 − cos(s, t)`` (DistilBERT, Sanh et al.,
-    2019; the squared distance of normalised states in PKD, Sun et al., 2019, is twice that). Masks, weights, reductions
-    and denominators are those of :func:`kd_loss`, and so is what is true of gradients: the teacher gets none.
-
-    Args:
-        student_hidden: ``(..., H)`` float32, bfloat16, float16 or float64; arithmetic and loss are float32 (float64
-            for float64), the gradient has its dtype. :class:`fastkd.HiddenLoss` projects it where widths differ.
-        teacher_hidden: ``(..., H)``, the same shape; its dtype may differ.
-        kind: ``"mse"`` or ``"cosine"``. A vector of zeros has no direction: its cosine is 0, the loss 1, and the
-            gradient 0.
-        mask: ``(...)`` bool; rows where it is False (padding) do not count, and are never read.
-        token_weights: ``(...)`` float; multiplies each row's loss, not the denominator of the mean.
-        reduction: ``"mean"`` over the rows that count (0 if there are none), ``"sum"``, or ``"none"``: ``(...)``.
-        num_items: number or 0-d tensor; the denominator of ``"mean"`` instead, for gradient accumulation.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"`` (``"cuda"`` has no such kernel); None chooses by device.
-
-    Raises:
-        ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
-        RuntimeError: the backend asked for by name cannot run here, or a second derivative was asked for.
-
-    Example:
-        >>> import torch, fastkd
-        >>> student = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-        >>> teacher = torch.tensor([[1.0, 0.0], [9.0, 9.0]])
-        >>> loss = fastkd.hidden_loss(student, teacher, mask=torch.tensor([True, False]))
-        >>> loss.backward()
-        >>> loss.item(), student.grad.tolist()
-        (2.0, [[0.0, 2.0], [0.0, 0.0]])
-    """
-    of = "student_hidden"
-    _validate.check_one_of("kind", kind, tuple(HIDDEN_KINDS))
-    _validate.check_logits("student_hidden", student_hidden, "H")
-    _validate.check_logits("teacher_hidden", teacher_hidden, "H")
-    _validate.check_hidden(student_hidden, teacher_hidden)
-    _validate.check_device("teacher_hidden", teacher_hidden, student_hidden, of)
-    _validate.check_per_row("mask", mask, student_hidden, (torch.bool,), of)
-    _validate.check_per_row("token_weights", token_weights, student_hidden, _validate.FLOAT_DTYPES, of)
-    _validate.check_no_gradient("token_weights", token_weights)
-    _validate.check_reduction(reduction, num_items, student_hidden, of)
-    scale = _row_scale(student_hidden, None, 0, mask, token_weights, reduction, num_items)
-    return _autograd.hidden_rows(
-        student_hidden,
-        teacher_hidden.detach(),
-        scale,
-        int(HIDDEN_KINDS[kind]),
-        per_row=reduction == "none",
-        backend=_dispatch.requested(backend),
-    )
 
 
 def _row_scale(

@@ -18,6 +18,8 @@ LAYERS = (
     ("__main__",),
     ("demo",),
     ("__init__",),
+    ("hidden",),
+    ("layers",),
     ("modules",),
     ("functional",),
     ("_autograd",),
@@ -25,7 +27,7 @@ LAYERS = (
     ("_dispatch",),
     ("backends",),
     ("kernels",),
-    ("divergences", "layers", "_labels", "_views", "_version", "_cpu", "_cuda"),
+    ("divergences", "_labels", "_views", "_version", "_cpu", "_cuda"),
     ("_request", "_validate"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

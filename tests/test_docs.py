@@ -24,7 +24,7 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["functional", "modules", "layers", "divergences", "_dispatch", "_labels"])
+@pytest.mark.parametrize("name", ["functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels"])
 def test_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fastkd.{name}"))
     assert results.failed == 0

@@ -96,7 +96,6 @@ def quick(device: str) -> Iterator[Case]:
         for (rows, vocab), dtype in product(((1024, 32000), (256, 128256)), ("float32", "bfloat16")):
             yield Case(rows, vocab, dtype)
         yield Case(4, 1000, "float32")
-        yield from hidden_layers()
         return
     for vocab in VOCABULARIES:
         yield Case(4096, vocab)
@@ -106,13 +105,6 @@ def quick(device: str) -> Iterator[Case]:
     for rows in (1, 64):
         yield Case(rows, 128256)
     yield Case(4, 1000, "float32")
-    yield from hidden_layers()
-
-
-def hidden_layers() -> Iterator[Case]:
-    """BERT's width, and that of a model of 7 billion parameters."""
-    for width, dtype in product((768, 4096), ("float32", "bfloat16")):
-        yield Case(4096, width, dtype, HIDDEN_LAYERS)
 
 
 def full(device: str) -> Iterator[Case]:
@@ -131,5 +123,11 @@ def full(device: str) -> Iterator[Case]:
         yield Case(count, 128256)
 
 
+def hidden_layers() -> Iterator[Case]:
+    """BERT's width, and that of a model of 7 billion parameters."""
+    for width, dtype in product((768, 4096), ("float32", "bfloat16")):
+        yield Case(4096, width, dtype, HIDDEN_LAYERS)
+
+
 def select(device: str, everything: bool) -> list[Case]:
-    return list(dict.fromkeys((full if everything else quick)(device)))
+    return list(dict.fromkeys([*(full if everything else quick)(device), *hidden_layers()]))

@@ -57,6 +57,7 @@ class _ScalarLoss(torch.autograd.Function):
         spec: RowSpec,
         inplace: bool,
         backend: str,
+        own_rows: bool,
     ) -> tuple[Tensor, ...]:
         rows = (student, teacher, labels, hard_scale, soft_scale, *spec)
         want_grad = ctx.needs_input_grad[0]
@@ -67,6 +68,8 @@ class _ScalarLoss(torch.autograd.Function):
             grad = student
         else:
             hard, soft, _, grad = _op.kd_rows(*rows, want_grad, backend)
+        if own_rows:
+            hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         # soft is nobody's to change and, left differentiable, leads back to the logits without keeping them.
         ctx.save_for_backward(grad, soft)
         ctx.mark_non_differentiable(hard)
@@ -82,7 +85,7 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_student is not None:
             raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         grad, soft = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
@@ -92,7 +95,7 @@ class _ScalarLoss(torch.autograd.Function):
             # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
             if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
                 _op.scale_(grad, grad_loss, ctx.backend)
-        return _final(grad, soft), *(None,) * 7
+        return _final(grad, soft), *(None,) * 8
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -109,8 +112,11 @@ class _LossPerRow(torch.autograd.Function):
         spec: RowSpec,
         inplace: bool,
         backend: str,
+        own_rows: bool,
     ) -> tuple[Tensor, ...]:
         hard, soft, stats, _ = _op.kd_rows(student, teacher, labels, hard_scale, soft_scale, *spec, False, backend)
+        if own_rows:
+            hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         # What torch.inference_mode() made cannot be saved, but can be kept.
         given = (teacher, labels)
         ctx.kept = [t if _is_inference(t) else None for t in given]
@@ -124,7 +130,7 @@ class _LossPerRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         student, *saved, hard_scale, soft_scale, stats = ctx.saved_tensors
         teacher, labels = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
         # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
@@ -137,7 +143,7 @@ class _LossPerRow(torch.autograd.Function):
             _op.kd_grad_(grad, *rows[1:])
         else:
             grad = _op.kd_grad(*rows)
-        return _final(grad, student), *(None,) * 7
+        return _final(grad, student), *(None,) * 8
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -167,14 +173,18 @@ def kd_rows(
     per_row: bool,
     inplace: bool,
     backend: str,
+    own_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum."""
+    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum.
+
+    ``own_rows``: a row may have one scale of 0 alone, where that term may be infinite and nevertheless is not there.
+    """
     if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
         student = student.detach()
     late = per_row or student.dtype == torch.float16
     function = _LossPerRow if late else _ScalarLoss
     loss, hard, soft = function.apply(  # type: ignore[no-untyped-call]
-        student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend
+        student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend, own_rows
     )[:3]
     return loss.sum() if late and not per_row else loss, hard, soft
 
@@ -186,6 +196,11 @@ def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend:
 
 def _is_inference(tensor: Tensor | None) -> bool:
     return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
+
+
+def _counted(losses: Tensor, scale: Tensor | None) -> Tensor:
+    """Without those of rows that do not count for this term."""
+    return losses if scale is None else torch.where(scale != 0, losses, 0.0)
 
 
 def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:

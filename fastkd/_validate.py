@@ -14,6 +14,7 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+STRIDED = torch.strided
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -78,35 +79,22 @@ def meant(name: str, known: Iterable[str]) -> str:
 def check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: got {type(logits).__name__}, must be a tensor")
-    check_eager(name)
-    check_dense(name, logits)
+    if type(logits) is not Tensor or logits.layout is not STRIDED or logits.is_nested:
+        check_dense(name, logits)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got {logits.dtype}, must be float32, bfloat16, float16 or float64")
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., V) with V >= 1")
 
 
-def check_eager(name: str) -> None:
-    """Neither under a transform of ``torch.func``, which would trace the kernels, nor traced by ``torch.jit``."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"{name}: got a tensor within a transform of torch.func (grad, vmap, jvp, ...), must be outside: take "
-            "gradients with backward() or torch.autograd.grad; reduction='none' gives a batch of losses"
-        )
-    if torch._C._get_tracing_state() is not None:
-        raise RuntimeError(f"{name}: got a tensor traced by torch.jit, which is not supported; use torch.compile")
-
-
 def check_dense(name: str, value: Tensor) -> None:
     """Kernels read memory by address and stride."""
     if value.is_nested:
-        raise TypeError(f"{name}: got a nested tensor, must be dense; values() of jagged ones are (tokens, ...)")
-    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got a nested tensor, must be dense; values() of a jagged one is (tokens, ...)")
+    if value.layout is not STRIDED:
         raise TypeError(f"{name}: got layout {value.layout}, must be dense: to_dense()")
     if is_dtensor(value):
-        raise TypeError(f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() where rows are sharded")
+        raise TypeError(f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() if only rows are sharded")
 
 
 def is_dtensor(value: Tensor) -> bool:
@@ -129,7 +117,8 @@ def check_real(name: str, value: float) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    check_real(name, value)
+    if type(value) is not float:
+        check_real(name, value)
     if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace of a varying number
         raise ValueError(f"{name}: got {value}, must be finite")
 
@@ -150,9 +139,15 @@ def check_hard_weight(hard_weight: float | None) -> None:
 
 
 def check_terms(
-    hard_weight: float | None, labels: Tensor | None, mask: Tensor | None, soft_mask: Tensor | None
+    hard_weight: float | None,
+    soft_weight: float,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    soft_mask: Tensor | None,
 ) -> None:
-    """What one argument asks for, another gives."""
+    """The weights, and that there are labels where they are asked for, and a weight and rows for the labels."""
+    check_hard_weight(hard_weight)
+    check_number("soft_weight", soft_weight)
     if labels is None:
         if hard_weight is not None and hard_weight != 0:
             raise ValueError(f"labels: got None with hard_weight={hard_weight}, must be given for a cross-entropy term")
@@ -173,6 +168,8 @@ def check_vocab_size(vocab_size: int | None) -> None:
 
 
 def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_size: int | None) -> None:
+    if vocab_size is None and student_logits.shape == teacher_logits.shape:
+        return
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
             f"teacher_logits: got shape {tuple(teacher_logits.shape)}, must match student_logits' "
@@ -186,6 +183,7 @@ def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_siz
                 "vocab_size must say how many leading columns are tokens of both"
             )
         return
+    check_vocab_size(vocab_size)
     if vocab_size > min(student, teacher):
         raise ValueError(f"vocab_size: got {vocab_size}, must be in [1, {min(student, teacher)}], the columns of both")
 
@@ -196,7 +194,8 @@ def check_per_row(name: str, value: Tensor | None, student_logits: Tensor, dtype
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor{_NOT_PER_ROW.get(name, '')}")
-    check_dense(name, value)
+    if type(value) is not Tensor or value.layout is not STRIDED or value.is_nested:
+        check_dense(name, value)
     if value.dtype not in dtypes:
         allowed = " or ".join(map(str, dtypes))
         raise TypeError(f"{name}: got {value.dtype}, must be {allowed}{_NOT_PER_ROW.get(name, '')}")
@@ -234,11 +233,9 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_num_items(
-    num_items: int | float | Tensor | tuple[Any, Any] | None, reduction: str, student_logits: Tensor, pair: bool
+    num_items: int | float | Tensor | tuple[Any, Any], reduction: str, student_logits: Tensor, pair: bool
 ) -> None:
     """A denominator, or with ``pair`` one for each term."""
-    if num_items is None:
-        return
     if reduction != "mean":
         raise ValueError(f"num_items: got a value with reduction={reduction!r}, it is the denominator of 'mean' alone")
     if pair != isinstance(num_items, tuple):

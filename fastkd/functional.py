@@ -148,7 +148,7 @@ def kd_loss(
     Raises:
         ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
         RuntimeError: the backend asked for by name cannot run here; a second derivative was asked for; or a transform
-            of ``torch.func`` or ``torch.jit.trace`` is at work.
+            of ``torch.func`` is at work.
 
     Example:
         >>> import torch, fastkd
@@ -165,11 +165,8 @@ def kd_loss(
     _validate.check_logits("student_logits", student_logits)
     _validate.check_logits("teacher_logits", teacher_logits)
     _validate.check_device("teacher_logits", teacher_logits, student_logits)
-    _validate.check_vocab_size(vocab_size)
     _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
     _validate.check_temperature(temperature)
-    _validate.check_hard_weight(hard_weight)
-    _validate.check_number("soft_weight", soft_weight)
     _validate.check_bool("scale_soft_by_t2", scale_soft_by_t2)
     _validate.check_label_smoothing(label_smoothing)
     _validate.check_int("ignore_index", ignore_index)
@@ -178,11 +175,12 @@ def kd_loss(
     _validate.check_per_row("soft_mask", soft_mask, student_logits, (torch.bool,))
     _validate.check_per_row("token_weights", token_weights, student_logits, _validate.FLOAT_DTYPES)
     _validate.check_no_gradient("token_weights", token_weights)
-    _validate.check_terms(hard_weight, labels, mask, soft_mask)
-    if labels is None and soft_mask is not None:  # there is no hard term
+    _validate.check_terms(hard_weight, soft_weight, labels, mask, soft_mask)
+    if labels is None and soft_mask is not None:  # the soft term is all there is
         mask, soft_mask = soft_mask, None
     _validate.check_reduction(reduction)
-    _validate.check_num_items(num_items, reduction, student_logits, pair=soft_mask is not None)
+    if num_items is not None:
+        _validate.check_num_items(num_items, reduction, student_logits, pair=soft_mask is not None)
     _validate.check_bool("inplace_backward", inplace_backward)
     _validate.check_bool("return_parts", return_parts)
     if teacher_logits.requires_grad:
@@ -190,11 +188,13 @@ def kd_loss(
     if inplace_backward:
         _validate.check_inplace(student_logits, teacher_logits)
 
-    hard_rows, soft_rows = _row_scales(
-        student_logits, labels, ignore_index, mask, soft_mask, token_weights, reduction, num_items
+    hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
+    hard_rows = soft_rows = _row_scale(
+        student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items
     )
-    if soft_mask is not None and labels is not None:  # of a row that only the soft term counts the label is not read
-        labels = torch.where(hard_rows != 0, labels, 0)
+    if soft_mask is not None:
+        soft_rows = _row_scale(student_logits, None, ignore_index, soft_mask, token_weights, reduction, soft_items)
+        labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts has a label all the same
     name = _dispatch.requested(backend)
     spec = RowSpec(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
@@ -266,39 +266,19 @@ def log_softmax(
     return _autograd.log_softmax(logits, float(temperature), written, _dispatch.requested(backend)).to(dtype)
 
 
-def _row_scales(
+def _row_scale(
     student_logits: Tensor,
     labels: Tensor | None,
     ignore_index: int,
     mask: Tensor | None,
-    soft_mask: Tensor | None,
-    token_weights: Tensor | None,
-    reduction: str,
-    num_items: NumItems,
-) -> tuple[Tensor, Tensor]:
-    """What the hard and the soft loss of a row are multiplied by, the terms' weights apart; one tensor if the same."""
-    counts = None if labels is None else labels != ignore_index
-    if mask is not None:
-        counts = mask if counts is None else counts & mask
-    if soft_mask is None:
-        assert not isinstance(num_items, tuple)
-        scale = _row_scale(student_logits, counts, token_weights, reduction, num_items)
-        return scale, scale
-    hard_items, soft_items = num_items if isinstance(num_items, tuple) else (None, None)
-    return (
-        _row_scale(student_logits, counts, token_weights, reduction, hard_items),
-        _row_scale(student_logits, soft_mask, token_weights, reduction, soft_items),
-    )
-
-
-def _row_scale(
-    student_logits: Tensor,
-    counts: Tensor | None,
     token_weights: Tensor | None,
     reduction: str,
     num_items: Items | None,
 ) -> Tensor:
-    """What a row's loss is multiplied by; 0 for a row that does not count. ``(...)``."""
+    """What a row's loss is multiplied by, weights of the terms apart; 0 for a row that does not count. ``(...)``."""
+    counts = None if labels is None else labels != ignore_index
+    if mask is not None:
+        counts = mask if counts is None else counts & mask
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     if counts is not None:
         scale = counts.to(dtype) if token_weights is None else torch.where(counts, token_weights.to(dtype), 0.0)

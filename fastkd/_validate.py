@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -33,13 +33,14 @@ _NOT_PER_ROW = {
     "token_weights": "; they weigh both terms: weights for one are those of a call for it alone (the other's weight 0)",
 }
 # What other libraries call an argument, and what to give here instead.
-_ELSEWHERE = {
+ELSEWHERE = {
     "alpha": "hard_weight is the cross-entropy's weight and soft_weight the divergence's (libraries differ in which is α)",
     "beta": "soft_weight is the divergence's weight; a divergence's own number is given to it: see divergence",
     "kd_ratio": "give soft_weight=kd_ratio and hard_weight=1 - kd_ratio",
     "weight_hard_loss": "it is hard_weight here",
     "weight_soft_loss": "it is soft_weight here",
     "T": "it is temperature here",
+    "temp": "it is temperature here",
     "tau": "it is temperature here",
     "target": "it is labels here",
     "targets": "it is labels here",
@@ -62,18 +63,20 @@ def named_arguments(function: Function) -> Function:
     return function
 
 
-def check_keywords(owner: str, function: Callable[..., Any], unknown: Mapping[str, object]) -> None:
+def check_keywords(
+    owner: str, function: Callable[..., Any], unknown: Mapping[str, object], hints: Mapping[str, str] = ELSEWHERE
+) -> None:
     """Refuse keywords that ``function`` does not have, saying what they are called here."""
+    known = list(inspect.signature(function).parameters)
     for name in unknown:
-        raise TypeError(f"{owner}: got an unknown keyword {name!r}; {meant(name, inspect.signature(function).parameters)}")
+        hint = meant(name, known, hints) or f"must be one of {', '.join(known)}"
+        raise TypeError(f"{owner}: got an unknown keyword {name!r}; {hint}")
 
 
-def meant(name: str, known: Iterable[str]) -> str:
-    """What to write instead of ``name``, which is none of those that are ``known``."""
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name]
-    close = difflib.get_close_matches(name, known := list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"must be one of {', '.join(known)}"
+def meant(name: str, known: Collection[str], hints: Mapping[str, str] = ELSEWHERE) -> str:
+    """What to write instead of ``name``, if it is a name that others have for one that is ``known``, or like one; or ''."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return hints.get(name) or (f"did you mean {close[0]!r}?" if close else "")
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -106,8 +109,8 @@ def check_temperature(temperature: float) -> None:
     check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, must be > 0")
-    if temperature >= 2.0**64:
-        raise ValueError(f"temperature: got {temperature}, must be < 2**64 (1.8e19): T² overflows float32")
+    if temperature > 1e19:
+        raise ValueError(f"temperature: got {temperature}, must be <= 1e19: T² overflows float32")
 
 
 def check_real(name: str, value: float) -> None:

@@ -105,7 +105,7 @@ def kd_loss(
     inplace_backward: bool = False,
     return_parts: bool = False,
     backend: str | None = None,
-    **unknown: NoReturn,
+    **unknown: NoReturn,  # TorchScript stops here and shows this line: use torch.compile
 ) -> Tensor | KDLossParts:
     """Knowledge-distillation loss over logits, its gradient computed in the same pass wherever it can be.
 
@@ -121,7 +121,7 @@ def kd_loss(
         teacher_logits: ``(..., V)``, same leading shape; its dtype may differ.
         labels: ``(...)`` int64 token ids, or None. A label outside ``[0, V)`` on a row that counts raises on a CPU and
             makes the row's loss NaN on a GPU, where a check would synchronise (see :func:`fastkd.check_labels`).
-        temperature: T > 0, of the soft term alone; below 2**64, beyond which T² overflows float32.
+        temperature: T, of the soft term alone; above 0 and at most 1e19, beyond which T² overflows float32.
         hard_weight: weight of the cross-entropy. Must be given with labels (0.0: they only say which rows count).
         soft_weight: weight of the divergence.
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"cross_entropy"`` (forward KL plus the teacher's entropy),

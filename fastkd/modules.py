@@ -28,7 +28,7 @@ class KDLoss(nn.Module, Generic[Result]):
 
     Raises:
         ValueError, TypeError: a bad argument, when the module is made, the attribute set or the loss computed.
-        AttributeError: an attribute is set that is none of the keywords. Names that begin with an underscore are free.
+        AttributeError: an attribute is set whose name is none of the keywords but like one, or is an argument of the call.
 
     Example:
         >>> import torch, fastkd
@@ -68,7 +68,7 @@ class KDLoss(nn.Module, Generic[Result]):
     ) -> None:
         super().__init__()
         if unknown:
-            _validate.check_keywords("KDLoss", KDLoss, unknown)
+            _validate.check_keywords("KDLoss", KDLoss, unknown, _HINTS)
         self.temperature = temperature
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight
@@ -87,8 +87,9 @@ class KDLoss(nn.Module, Generic[Result]):
             _CHECKS[name](value)
             if name in _FLOATS and value is not None:  # of a module's numbers torch.compile lets only floats vary
                 value = float(value)
-        elif not name.startswith("_") and not hasattr(self, name):
-            raise AttributeError(f"KDLoss: got an unknown attribute {name!r}; {_validate.meant(name, _CHECKS)}")
+        elif not hasattr(self, name):  # frameworks keep things in modules, under names of their own
+            if hint := _validate.meant(name, _CHECKS, _HINTS):
+                raise AttributeError(f"KDLoss: got an unknown attribute {name!r}; {hint}")
         super().__setattr__(name, value)
 
     def keywords(self) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class KDLoss(nn.Module, Generic[Result]):
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords().items())
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise RuntimeError("KDLoss: TorchScript cannot compile it; use torch.compile")
+        raise RuntimeError("KDLoss: got compiled by TorchScript, which has no such arguments; use torch.compile")
 
 
 # What is checked when a keyword is given, or its attribute set.
@@ -146,6 +147,9 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "return_parts": partial(_validate.check_bool, "return_parts"),
     "backend": _dispatch.requested,
 }
+_HINTS = _validate.ELSEWHERE | dict.fromkeys(
+    ("mask", "soft_mask", "token_weights", "num_items"), "it comes at each call"
+)
 _FLOATS = ("temperature", "hard_weight", "soft_weight", "label_smoothing")
 
 # What torch.load(weights_only=True) needs for a module that holds this one; none of them does anything when made.

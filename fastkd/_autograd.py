@@ -188,9 +188,11 @@ def kd_rows(
         student = student.detach()
     varying = None
     if torch.compiler.is_compiling():
-        varying = _op.varying(spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing)
-    if varying is not None:
-        spec = RowSpec(1.0, spec.formula, 1.0, 0.0, 0.0, 0.0, spec.vocab_size)
+        from fastkd import _traced
+
+        varying = _traced.varying(spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing)
+        if varying is not None:
+            spec = RowSpec(1.0, spec.formula, 1.0, 0.0, 0.0, 0.0, spec.vocab_size)
     late = per_row or student.dtype == torch.float16
     function = _LossPerRow if late else _ScalarLoss
     loss, hard, soft = _apply(
@@ -200,9 +202,13 @@ def kd_rows(
 
 
 def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
-    varying = _op.varying(temperature) if torch.compiler.is_compiling() else None
-    if varying is not None:
-        temperature = 1.0
+    varying = None
+    if torch.compiler.is_compiling():
+        from fastkd import _traced
+
+        varying = _traced.varying(temperature)
+        if varying is not None:
+            temperature = 1.0
     log_probs: Tensor = _apply(_LogSoftmax, logits, temperature, varying, dtype, backend)
     return log_probs
 

@@ -19,8 +19,8 @@ from fastkd._views import flat, row_views
 _lib = torch.library.Library("fastkd", "DEF")  # type: ignore[no-untyped-call]
 
 _ROWS = "Tensor? teacher, Tensor? labels, Tensor? hard_scale, Tensor? soft_scale"
-# A graph of torch.compile holds its floats: another value would be another graph. Where a number varies, all of them
-# come in a tensor of the CPU's, `varying`, as `varying()` makes it; the schema's floats are then not read.
+# A graph of torch.compile holds its floats: another value would be another graph. Where one varies, all of them come in
+# a tensor of the CPU's, `varying` (_traced.py); the schema's floats are then not read.
 _SPEC = (
     "float temperature, int formula, float c_t, float c_s, float w, float label_smoothing, SymInt vocab_size, "
     "Tensor? varying"
@@ -38,15 +38,6 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         return getattr(torch.ops.fastkd, name).default  # type: ignore[no-any-return]
 
     return register
-
-
-@torch.compiler.allow_in_graph
-def varying(*numbers: float) -> Tensor | None:
-    """The numbers [n] in float64, if ``torch.compile`` traces one of them as unknown; None if all are known."""
-    if not any(isinstance(number, torch.SymFloat) for number in numbers):
-        return None
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")
-    return torch.stack([zero + number for number in numbers])  # a sum, which the compiler knows how to make of tensors
 
 
 def _varied(spec: RowSpec, varying: Tensor) -> RowSpec:

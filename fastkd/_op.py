@@ -40,7 +40,10 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     return register
 
 
-def _varied(spec: RowSpec, varying: Tensor) -> RowSpec:
+def _row_spec(numbers: list[Any], varying: Tensor | None) -> RowSpec:
+    spec = RowSpec(*numbers)
+    if varying is None:
+        return spec
     temperature, c_t, c_s, w, label_smoothing = varying.tolist()
     return RowSpec(temperature, spec.formula, c_t, c_s, w, label_smoothing, spec.vocab_size)
 
@@ -146,9 +149,7 @@ def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     teacher, labels, hard_scale, soft_scale, *numbers, varying, backend = args
-    spec = RowSpec(*numbers)
-    if varying is not None:
-        spec = _varied(spec, varying)
+    spec = _row_spec(numbers, varying)
     if hard_scale is not None and (student.device.type == "cpu" or _labels.ALWAYS):
         _labels.check_rows(labels, spec.vocab_size, hard_scale, soft_scale)
     losses = _losses(student)
@@ -161,9 +162,7 @@ def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor,
 
 def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
     teacher, labels, hard_scale, soft_scale, stats, *numbers, varying, backend = args
-    spec = RowSpec(*numbers)
-    if varying is not None:
-        spec = _varied(spec, varying)
+    spec = _row_spec(numbers, varying)
     rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, grad)
     assert grad_view is not None
     _dispatch.choose(student, backend, teacher).kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)

@@ -210,10 +210,11 @@ def test_schedule(device: str, name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_schedule_of_a_module(device: str) -> None:
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_schedule_of_a_module(device: str, compiler: str) -> None:
     """Its attributes, integers too; a scheduler sets them outside the compiled function."""
     module = fastkd.KDLoss(**BOTH)
-    graphs = CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend(compiler)
     compiled = torch.compile(module, fullgraph=True, backend=graphs)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for count, step in enumerate(STEPS, start=1):

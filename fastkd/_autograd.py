@@ -243,9 +243,9 @@ def hidden_rows(student: Tensor, teacher: Tensor, scale: Tensor, kind: int, *, p
         student = student.detach()
     loss: Tensor
     if per_row or student.dtype == torch.float16:
-        loss = _HiddenLossPerRow.apply(student, teacher, scale, kind, backend)  # type: ignore[no-untyped-call]
+        loss = _apply(_HiddenLossPerRow, student, teacher, scale, kind, backend)
         return loss if per_row else loss.sum()
-    loss = _HiddenLoss.apply(student, teacher, scale, kind, backend)[0]  # type: ignore[no-untyped-call]
+    loss = _apply(_HiddenLoss, student, teacher, scale, kind, backend)[0]
     return loss
 
 

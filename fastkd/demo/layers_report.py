@@ -85,7 +85,7 @@ def findings(task: Task, comparison: Comparison) -> Iterator[str]:
     yield (
         f"[dim]One teacher of {task.teacher.steps} steps; students of {task.student.steps}, a seed's with the same "
         "beginning, batches, learning rate and schedule. Means of the seeds, ± half of what lies between the extremes. "
-        f"Hidden layers: {layers.HIDDEN_WEIGHT:g} × the mean squared difference, with the teacher's layers "
+        f"Hidden layers: {layers.HIDDEN_WEIGHT:g} × the {layers.HIDDEN_KIND} loss, with the teacher's layers "
         f"{', '.join(str(j) for _, j in layers.PAIRS)}. Copied: these, embeddings, norm and head. Equal steps are not "
         "equal time: the last column is a run's, the teacher's forward passes included.[/dim]"
     )
@@ -118,6 +118,7 @@ def figures_of(task: Task, comparison: Comparison, seed: int, device: torch.devi
         "versions": {"fastkd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "temperature": layers.TEMPERATURE,
         "hard_weight": layers.HARD_WEIGHT,
+        "hidden_kind": layers.HIDDEN_KIND,
         "hidden_weight": layers.HIDDEN_WEIGHT,
         "pairs": layers.PAIRS,
         "steps": {"teacher": task.teacher.steps, "student": task.student.steps},

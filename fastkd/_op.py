@@ -52,11 +52,14 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _row_losses(student: Tensor) -> Tensor:
+    return student.new_empty(student.shape[:-1], dtype=_compute_dtype(student))
+
+
 def _losses(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(hard, soft, stats) for these logits, uninitialised."""
-    rows = student.shape[:-1]
-    hard = student.new_empty(rows, dtype=_compute_dtype(student))
-    return hard, torch.empty_like(hard), hard.new_empty((*rows, NUM_STATS))
+    hard = _row_losses(student)
+    return hard, torch.empty_like(hard), hard.new_empty((*hard.shape, NUM_STATS))
 
 
 def _gradient(student: Tensor, want_grad: bool = True) -> Tensor:
@@ -140,6 +143,22 @@ def log_softmax_backward(
         grad_view, logits_view, lse.view(-1, 2), out_view, temperature
     )
     return out
+
+
+@_define(
+    "hidden_rows(Tensor student, Tensor teacher, Tensor scale, int kind, bool want_grad, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda student, *args: (_row_losses(student), _gradient(student, want_grad=args[-2])),
+)
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, want_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(losses, gradient): the loss of each row, unscaled, and the gradient times its scale if asked for."""
+    losses, grad = _row_losses(student), _gradient(student, want_grad)
+    views = row_views(student, teacher, *([grad] if want_grad else []))
+    chosen = _dispatch.choose(student, backend, teacher, "hidden_rows")
+    chosen.hidden_rows(views[0], views[1], flat(scale), kind, flat(losses), views[2] if want_grad else None)
+    return losses, grad
 
 
 def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

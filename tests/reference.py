@@ -96,6 +96,35 @@ def hard_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     return (1.0 - label_smoothing) * of_label - label_smoothing * log_p.mean(-1)
 
 
+def hidden_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str = "mse",
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Σ (s − t)²/H, or 1 − cos(s, t), over the rows that count, in float64. A vector of zeros has no direction."""
+    counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
+    s, t = student.double()[counts], teacher.double()[counts]
+    if kind == "mse":
+        rows = ((s - t) ** 2).sum(-1) / s.shape[-1]
+    else:
+        zero = (s == 0).all(-1) | (t == 0).all(-1)
+        one = torch.ones_like(s)
+        unit_s, unit_t = (
+            x / x.norm(dim=-1, keepdim=True) for x in (torch.where(zero[:, None], one, v) for v in (s, t))
+        )
+        rows = torch.where(zero, 1.0, ((unit_s - unit_t) ** 2).sum(-1) / 2)
+    if token_weights is not None:
+        rows = rows * token_weights.double()[counts]
+    if reduction == "none":
+        return torch.zeros(counts.shape, dtype=torch.float64, device=s.device).masked_scatter(counts, rows)
+    return rows.sum() if reduction == "sum" else rows.sum() / (max(len(s), 1) if num_items is None else num_items)
+
+
 def kd_loss(
     student: Tensor,
     teacher: Tensor,

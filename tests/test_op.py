@@ -45,6 +45,8 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
     "kd_grad": ("kd_grad", lambda device: (*rows(device), stats(device), *SPEC)),
     "kd_grad_varying": ("kd_grad", lambda device: (*rows(device), stats(device), *VARYING)),
     "kd_grad_": ("kd_grad_", lambda device: (*rows(device), stats(device), *JSD)),
+    "hidden_rows": ("hidden_rows", lambda device: (*rows(device)[:2], rows(device)[3], 0, True)),
+    "hidden_rows_loss": ("hidden_rows", lambda device: (*rows(device, torch.bfloat16)[:2], rows(device)[3], 1, False)),
     "scale_": ("scale_", lambda device: (rows(device)[0], torch.tensor(2.0, device=device))),
     "log_softmax": ("log_softmax", lambda device: (rows(device)[0], 2.0, None, torch.bfloat16)),
     "log_softmax_backward": (
@@ -57,6 +59,8 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
 def test_opcheck(backend: str, device: str, call: str) -> None:
     """Schema, fake implementation and autograd registration agree with what the operator does."""
     name, arguments = CALLS[call]
+    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, name):
+        pytest.skip(why)
     operator = getattr(torch.ops.fastkd, name).default
     torch.library.opcheck(operator, (*arguments(device), backend))
 
@@ -92,6 +96,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "soft_mask": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, soft_mask=y > 3, mask=y < 9, **keys, **BOTH),
     "module": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, **keys)(z, u, y),
     "log_softmax": lambda z, u, y, **keys: -(u * fastkd.log_softmax(z, temperature=2.0, **keys)).sum(),
+    "hidden": lambda z, u, y, **keys: fastkd.hidden_loss(z, u, mask=y > 3, **keys),
+    "hidden_none": lambda z, u, y, **keys: fastkd.hidden_loss(z, u, reduction="none", **keys).square().sum(),
+    "hidden_module": lambda z, u, y, **keys: fastkd.HiddenLoss([(0, 0)], COLUMNS, COLUMNS, kind="cosine", **keys)(
+        [z], [u], mask=y > 3
+    ),
 }
 
 
@@ -109,7 +118,8 @@ def gradient(loss: Callable[..., Tensor], hidden: Tensor, *rest: Tensor) -> tupl
 @pytest.mark.parametrize("backend", _dispatch.NAMES)
 def test_compile(device: str, backend: str, name: str) -> None:
     """One graph, and what eager gives, value and gradient."""
-    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend):
+    operation = "hidden_rows" if name.startswith("hidden") else "kd_rows"
+    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, operation):
         pytest.skip(why)
     given = inputs(ROWS, COLUMNS, device=device)
 
@@ -122,7 +132,7 @@ def test_compile(device: str, backend: str, name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["mean", "none"])
+@pytest.mark.parametrize("name", ["mean", "none", "hidden"])
 def test_compile_with_inductor(device: str, name: str) -> None:
     """The default compiler, which plans memory and generates code around the operators."""
     given = inputs(ROWS, COLUMNS, torch.bfloat16, device=device)
@@ -136,6 +146,8 @@ SHAPED: dict[str, Callable[..., Tensor]] = {
     "mean": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3),
     "none": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3, reduction="none").square().sum(),
     "log_softmax": lambda z, u, y: -(u * fastkd.log_softmax(z, temperature=2.0)).sum(),
+    "hidden": lambda z, u, y: fastkd.hidden_loss(z, u, kind="cosine"),
+    "hidden_none": lambda z, u, y: fastkd.hidden_loss(z, u, reduction="none").square().sum(),
 }
 
 

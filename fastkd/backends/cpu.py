@@ -48,6 +48,16 @@ def scale_(grad: Tensor, scalar: Tensor) -> None:
         _cpu.scale(_arguments.matrix(grad), outer * inner, inner, columns, number, torch.get_num_threads())
 
 
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
+) -> None:
+    outer, inner, columns = student.shape
+    _cpu.hidden_rows(
+        *map(_arguments.matrix, (student, teacher, grad)), scale.data_ptr(), losses.data_ptr(), outer * inner, inner,
+        columns, kind, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
     _cpu.log_softmax(*_arguments.log_softmax(logits, out, None, lse, temperature), torch.get_num_threads())
 

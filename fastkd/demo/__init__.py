@@ -11,7 +11,11 @@ import torch
 from fastkd import _extras
 
 # What a task needs apart from torch: the extra `demo`.
-NEEDS = {"text": ("matplotlib", "rich", "tokenizers"), "digits": ("matplotlib", "rich", "scikit-learn")}
+NEEDS = {
+    "text": ("matplotlib", "rich", "tokenizers"),
+    "digits": ("matplotlib", "rich", "scikit-learn"),
+    "layers": ("matplotlib", "rich", "tokenizers"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(NEEDS),
         default="text",
         help="text: a language model on Python's own sources, some minutes on 2 CPU cores (default); "
-        "digits: the 1797 handwritten digits that come with scikit-learn, some seconds; it needs that package",
+        "digits: the 1797 handwritten digits that come with scikit-learn, some seconds; it needs that package; "
+        "layers: students that also learn from a teacher's hidden layers, several minutes",
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of each batch: about a minute on 2 CPU cores")
     parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), metavar="DIR", help="default: %(default)s")
@@ -34,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _refuse(f"the {arguments.task} task {missing}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch finds no CUDA device here")
+    if arguments.quick and arguments.task == "layers":
+        return _refuse("--quick: the layers task has no shorter form")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     from fastkd.demo import digits, report, text, training
@@ -41,6 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     console = report.console()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        if arguments.task == "layers":
+            from fastkd.demo import layers_report
+
+            layers_report.run(console, arguments.seed, device, arguments.out)
+            return 0
         with console.status("Preparing the data"):
             task = {"text": text, "digits": digits}[arguments.task].make_task(arguments.seed, device)
         if arguments.quick:

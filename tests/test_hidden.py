@@ -38,9 +38,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"token_weights": MASK.long()}, TypeError, "token_weights: got torch.int64, must be torch.float32 or"),
     ({"token_weights": torch.ones(2, 3, requires_grad=True)}, ValueError, "token_weights: got a tensor that requires"),
     ({"reduction": "batchmean"}, ValueError, "reduction: got 'batchmean', must be one of 'mean', 'sum', 'none'"),
-    ({"num_items": 0}, ValueError, "num_items: got 0, must be > 0"),
+    ({"num_items": -1}, ValueError, "num_items: got -1, must be >= 0"),
     ({"num_items": math.nan}, ValueError, "num_items: got nan, must be finite"),
-    ({"num_items": torch.ones(1)}, ValueError, "num_items: got shape (1,), must be a number or a 0-d tensor"),
+    ({"num_items": torch.ones(2)}, ValueError, "num_items: got shape (2,), must be a number or have one element"),
     ({"num_items": 6, "reduction": "sum"}, ValueError, "num_items: got a value with reduction='sum'"),
     ({"backend": "cudnn"}, ValueError, "backend: got 'cudnn', must be one of 'cpu', 'cuda', 'torch', 'triton'"),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -98,6 +99,8 @@ def requested(name: str | None) -> str:
 def choose(logits: Tensor, name: str, teacher: Tensor | None = None, operation: str = "kd_rows") -> Backend:
     """The backend called ``name``, or the device's first that can run ``operation`` on ``logits``.
 
+    Warns, once, where a CPU's calls are slower than they need be since the ``cpu`` backend was not built.
+
     Raises:
         RuntimeError: the one asked for by name cannot; it says why.
     """
@@ -105,6 +108,8 @@ def choose(logits: Tensor, name: str, teacher: Tensor | None = None, operation: 
         why = refusal(logits, candidate, teacher, operation)
         if why is None:
             return backend(candidate)
+        if candidate == "cpu" and not name and backend("cpu").unsupported(logits, teacher) is None:
+            _warn_once(why)
     raise RuntimeError(f"backend {name!r} cannot run here: {why}")
 
 
@@ -117,6 +122,17 @@ def refusal(logits: Tensor, name: str, teacher: Tensor | None = None, operation:
     """Why backend ``name`` cannot run ``operation`` on ``logits``, or None."""
     lacks = None if hasattr(backend(name), operation) else f"it has no {operation}"
     return _unavailable(name) or lacks or backend(name).unsupported(logits, teacher)
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    """The install says it too, but pip does not show that. Who asks for a backend by name, 'torch' too, knows."""
+    warnings.warn(
+        f"fastkd: backend 'cpu' cannot run here, and 'torch', which is slower, does its work: {why}. To have no "
+        "warning, ask for 'torch' by fastkd.use_backend or FASTKD_BACKEND.",
+        RuntimeWarning,
+        stacklevel=1,
+    )
 
 
 @functools.cache

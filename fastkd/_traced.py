@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def varying(*numbers: float) -> Tensor | None:
     """The numbers [n] in float64 on the CPU, if one of them is traced as unknown; None if all are known.
 

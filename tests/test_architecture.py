@@ -27,7 +27,7 @@ LAYERS = (
     ("_dispatch",),
     ("backends",),
     ("kernels",),
-    ("divergences", "_labels", "_views", "_version", "_cpu", "_cuda"),
+    ("divergences", "_labels", "_views", "_version", "_built", "_extras", "_cpu", "_cuda"),
     ("_request", "_validate", "_keywords", "_traced"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

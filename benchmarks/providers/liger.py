@@ -54,4 +54,4 @@ def from_hidden_states(case: Case, beta: float) -> Loss:
     return run
 
 
-PROVIDERS = (Provider("Liger", needs_gpu_and("liger_kernel"), liger, overwrites=True),)
+PROVIDERS = (Provider("Liger", needs_gpu_and("liger-kernel"), liger, overwrites=True),)

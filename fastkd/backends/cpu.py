@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import _built
 from fastkd._request import Rows, RowSpec
 from fastkd.backends import _arguments
 
@@ -15,7 +16,7 @@ _cpu: Any = None
 try:
     _cpu = importlib.import_module("fastkd._cpu")
 except ImportError as error:
-    _missing = str(error)
+    _missing = _built.missing("cpu", error)
 
 
 def unavailable() -> str | None:

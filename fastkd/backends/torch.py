@@ -189,7 +189,9 @@ def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tupl
     """m = p_t: g = −c_s·p_s·d. Where the student has mass and the teacher none, the value is inf and the gradient 0."""
     g = _no_nan(p_s * d).mul_(-spec.c_s)
     value = g.sum(-1, keepdim=True)
-    return value, g.addcmul_(p_s, value, value=-1.0).nan_to_num_(0.0, 0.0, 0.0)
+    residual = g.addcmul_(p_s, value, value=-1.0).nan_to_num_(0.0, 0.0, 0.0)
+    # Again, since its sum is 0, but for the rounding of a d of tens where p_s is near 1.
+    return value, _residual(residual, p_s)
 
 
 def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -55,11 +55,6 @@ class Task:
     held_out: Sequence[Batch]
     teacher: Recipe
     student: Recipe
-
-    def shortened(self) -> Task:
-        """A quarter of the steps."""
-        teacher, student = (replace(recipe, steps=recipe.steps // 4) for recipe in (self.teacher, self.student))
-        return replace(self, teacher=teacher, student=student)
 
 
 @dataclass

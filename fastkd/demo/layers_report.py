@@ -22,15 +22,12 @@ from fastkd.demo.layers import Comparison, Run, Task
 COLORS = ("#777777", "#E69F00", "#0072B2", "#009E73")  # told apart by colour-blind readers too
 
 
-def run(
-    console: Console, seed: int, device: torch.device, out: Path, quick: bool = False, seeds: int = layers.SEEDS
-) -> None:
+def run(console: Console, seed: int, device: torch.device, out: Path) -> None:
     with console.status("Preparing the data"):
         task = layers.make_task(seed, device)
-        task = task.shortened() if quick else task
     console.print(f"[bold]fastkd demo[/bold] on {report._machine(device)}\n{task.summary}\n")
-    with console.status("Training the teacher"):
-        comparison = layers.compare(task, seed, seeds, lambda name, run: announce(console, name, run))
+    with console.status("Training"):
+        comparison = layers.compare(task, seed, layers.SEEDS, lambda name, run: announce(console, name, run))
     console.print(table(task, comparison))
     for line in findings(task, comparison):
         console.print(line)

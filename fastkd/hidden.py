@@ -196,6 +196,9 @@ class HiddenLoss(nn.Module):
         for index, (i, j) in enumerate(self.pairs):
             student = _layer("student_hidden_states", student_hidden_states, i, "student_size", self.student_size)
             teacher = _layer("teacher_hidden_states", teacher_hidden_states, j, "teacher_size", self.teacher_size)
+            _validate.check_per_row(
+                "token_weights", token_weights, student, _validate.FLOAT_DTYPES, "student_hidden_states"
+            )
             # Into the rows' weights, so that the gradient is written as it is to be, once.
             weight = student.new_full(student.shape[:-1], self.weights[index], dtype=torch.float32)
             losses.append(

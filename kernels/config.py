@@ -1,6 +1,7 @@
 """Launch configurations: the only table of tiles and warps."""
 
 import functools
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,6 +26,11 @@ def launch_options(columns: int, warp_size: int | None = None, heavy: bool = Fal
     # FP fusion is asked for because its default changes between versions of Triton.
     options: dict[str, int | bool] = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
     return options | ({"maxnreg": MAX_REGISTERS_HEAVY if heavy else MAX_REGISTERS} if lanes == 32 else {})
+
+
+def is_nvidia() -> bool:
+    """Whether the kernels may use its instructions; the interpreter knows none."""
+    return torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
 
 
 def row_strides(matrix: torch.Tensor | None) -> tuple[int, int]:

@@ -12,8 +12,11 @@ import triton.language as tl
 
 from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
 from fastkd.kernels.lse import (
+    DROP,
+    KEEP,
     LN_2,
     LOG2_E,
+    NO_TILE,
     align,
     inside,
     load_tile,
@@ -43,10 +46,10 @@ def log_softmax_kernel(
     peak = tl.full([BLOCK // VEC], -float("inf"), tl.float32)  # a state a lane
     total = tl.zeros([BLOCK // VEC], tl.float32)
     for masked in tl.static_range(2):
-        first, end = tile_range(length, BLOCK, PEEL, masked)
+        first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
-            tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked)
+            tile = tile_at(i, first, end, length, NO_TILE, BLOCK, PEEL, masked, False)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked, KEEP)
             old = peak
             peak, ref = new_peak(old, x)
             total = total * tl.exp2((old - ref) * k) + tl.sum(tl.exp2((x - ref[:, None]) * k), 1)
@@ -56,12 +59,12 @@ def log_softmax_kernel(
     tl.store(lse_ptr, shift)
     tl.store(lse_ptr + 1, lse)
 
-    for step in tl.static_range(2):
-        first, end = tile_range(length, BLOCK, PEEL, 1 - step)
+    for masked in tl.static_range(1, -1, -1):
+        first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
-            tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, 1 - step)
-            store_tile(out_ptr, tile, head, length, (x - shift) * inv_t - lse, BLOCK, VEC, 1 - step)
+            tile = tile_at(i, first, end, length, NO_TILE, BLOCK, PEEL, masked, True)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
+            store_tile(out_ptr, tile, head, length, (x - shift) * inv_t - lse, BLOCK, VEC, masked)
 
 
 @triton.jit(do_not_specialize=["inner_rows"], do_not_specialize_on_alignment=["lse_ptr"])
@@ -82,10 +85,10 @@ def log_softmax_backward_kernel(
 
     total = tl.zeros([BLOCK // VEC], tl.float32)
     for masked in tl.static_range(2):
-        first, end = tile_range(length, BLOCK, PEEL, masked)
+        first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
-            tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            dy = load_tile(dy_ptr, tile, head, length, BLOCK, VEC, masked)
+            tile = tile_at(i, first, end, length, NO_TILE, BLOCK, PEEL, masked, False)
+            dy = load_tile(dy_ptr, tile, head, length, BLOCK, VEC, masked, KEEP)
             if masked:
                 dy = tl.where(inside(tile, head, length, BLOCK, VEC), dy, 0.0)
             total += tl.sum(dy, 1)
@@ -94,14 +97,14 @@ def log_softmax_backward_kernel(
     shift = tl.load(lse_ptr)
     lse = tl.load(lse_ptr + 1) * LOG2_E
 
-    for step in tl.static_range(2):
-        first, end = tile_range(length, BLOCK, PEEL, 1 - step)
+    for masked in tl.static_range(1, -1, -1):
+        first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
-            tile = tile_at(i, first, end, length, BLOCK, 1 - step, True)
-            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, 1 - step)
-            dy = load_tile(dy_ptr, tile, head, length, BLOCK, VEC, 1 - step)
+            tile = tile_at(i, first, end, length, NO_TILE, BLOCK, PEEL, masked, True)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
+            dy = load_tile(dy_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
             dx = (dy - tl.exp2((x - shift) * k - lse) * grad_sum) * inv_t
-            store_tile(dx_ptr, tile, head, length, dx, BLOCK, VEC, 1 - step)
+            store_tile(dx_ptr, tile, head, length, dx, BLOCK, VEC, masked)
 
 
 def log_softmax(x, out, lse, temperature: float) -> None:

@@ -12,6 +12,10 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NO_TILE = tl.constexpr(1 << 30)
+# Eviction: what the row's next walk reads again stays in L2; what is read or written for the last time goes first.
+KEEP = tl.constexpr("evict_last")
+DROP = tl.constexpr("evict_first")
 
 
 @triton.jit
@@ -32,33 +36,50 @@ def align(start, VEC: tl.constexpr, PEEL: tl.constexpr):
 
 
 @triton.jit
-def tile_range(length, BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr):
-    """(first, end) of the unmasked tiles of a walk over ``length`` columns, head included, or of the masked ones.
-
-    Masked are the last tile, as number 0, and with a head the first, as number 1; see :func:`tile_at`.
-    """
-    last = length // BLOCK
-    if MASKED:
-        if PEEL:
-            return 0, 1 + (last > 0).to(tl.int32)
-        else:
-            return 0, 1
-    else:
-        if PEEL:
-            return 1, last
-        else:
-            return 0, last
+def tile_apart(column, length, BLOCK: tl.constexpr, PEEL: tl.constexpr):
+    """The number of the unmasked tile that holds ``column``, to be visited as a masked one, or NO_TILE."""
+    tile = column // BLOCK
+    return tl.where((column >= 0) & (tile >= PEEL) & (tile < length // BLOCK), tile, NO_TILE)
 
 
 @triton.jit
-def tile_at(i, first, end, length, BLOCK: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr):
+def tile_range(length, apart, BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr):
+    """(first, end) of the unmasked tiles of a walk over ``length`` columns, head included, or of the masked ones.
+
+    Masked are the last tile, with a head the first, and the one ``apart``; see :func:`tile_at`.
+    """
+    last = length // BLOCK
+    has_apart = tl.where(apart < NO_TILE, 1, 0)
+    if MASKED:
+        if PEEL:
+            return 0, 1 + (last > 0).to(tl.int32) + has_apart
+        else:
+            return 0, 1 + has_apart
+    else:
+        if PEEL:
+            return 1, last - has_apart
+        else:
+            return 0, last - has_apart
+
+
+@triton.jit
+def tile_at(
+    i, first, end, length, apart,
+    BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
     """Where the tile begins that step ``i`` of a range visits, in columns from the start of the walk."""
     if MASKED:
-        return (length // BLOCK) * (1 - i) * BLOCK
-    elif REVERSE:
-        return (first + end - 1 - i) * BLOCK
+        if PEEL:
+            tile = tl.where(i == 0, length // BLOCK, tl.where(i == 1, 0, apart))
+        else:
+            tile = tl.where(i == 0, length // BLOCK, apart)
     else:
-        return i * BLOCK
+        if REVERSE:
+            tile = first + end - 1 - i
+        else:
+            tile = i
+        tile += (tile >= apart).to(tl.int32)
+    return tile * BLOCK
 
 
 @triton.jit
@@ -75,23 +96,27 @@ def inside(tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    ptr, tile, head, length,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
     """In float32, −inf outside the row."""
     ptrs = ptr + tile + columns_of(BLOCK, VEC)
     if MASKED:
-        x = tl.load(ptrs, mask=inside(tile, head, length, BLOCK, VEC), other=-float("inf"))
+        x = tl.load(ptrs, mask=inside(tile, head, length, BLOCK, VEC), other=-float("inf"), eviction_policy=EVICT)
     else:
-        x = tl.load(ptrs)
+        x = tl.load(ptrs, eviction_policy=EVICT)
     return x.to(tl.float32)
 
 
 @triton.jit
 def store_tile(ptr, tile, head, length, x, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
     ptrs = ptr + tile + columns_of(BLOCK, VEC)
+    x = x.to(ptr.dtype.element_ty)
     if MASKED:
-        tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=inside(tile, head, length, BLOCK, VEC))
+        tl.store(ptrs, x, mask=inside(tile, head, length, BLOCK, VEC), eviction_policy=DROP)
     else:
-        tl.store(ptrs, x.to(ptr.dtype.element_ty))
+        tl.store(ptrs, x, eviction_policy=DROP)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
-from fastkd.kernels.lse import align, load_tile, row_start, store_tile, tile_at, tile_range
+from fastkd.kernels.lse import DROP, NO_TILE, align, load_tile, row_start, store_tile, tile_at, tile_range
 
 
 @triton.jit(do_not_specialize=["inner_rows"], do_not_specialize_on_alignment=["scalar_ptr"])
@@ -26,10 +26,10 @@ def scale_kernel(
     x_ptr += start
     length = columns + head
     for masked in tl.static_range(2):
-        first, end = tile_range(length, BLOCK, PEEL, masked)
+        first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
-            tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked)
+            tile = tile_at(i, first, end, length, NO_TILE, BLOCK, PEEL, masked, False)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
             store_tile(x_ptr, tile, head, length, x * scalar, BLOCK, VEC, masked)
 
 

@@ -90,7 +90,8 @@ def kd_rows(
     types = argument_types(dtype, tiles["PEEL"], ("z", "u", "dz"), vectors, ("c_t", "c_s", "w", "smoothing"))
     mix = mix_of(member)
     constants = tiles | dict(
-        FORMULA=int(member.formula), MIX=int(mix), MOMENT=moment_rule(member.formula, mix), POWER=2, SMOOTH=False,
+        FORMULA=int(member.formula), MIX=int(mix), BALANCED=member.c_s * member.w == member.c_t * (1.0 - member.w),
+        MOMENT=moment_rule(member.formula, mix), POWER=2, SMOOTH=False,
         FROM_STATS=mode == "grad",
     ) | changes  # fmt: skip
     absent = {"fused": (), "loss": ("dz_ptr",), "grad": ("hard_ptr", "soft_ptr")}[mode]
@@ -104,6 +105,8 @@ def mix_of(member: Divergence) -> Mix:
 
 
 def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], target: GPUTarget) -> Any:
+    if "FORMULA" in constants:
+        constants = constants | {"FAST_LOG": target.backend == "cuda"}
     options = dict(launch_options(LARGE, target.warp_size, heavy=constants.get("MIX") == Mix.BOTH))
     constants = constants | {"BLOCK": options.pop("BLOCK")}
     signature, attributes = {}, {}

@@ -47,7 +47,7 @@ class Driver:
 def call(rows: int, columns: int, offset: int, divergence: tuple[int, float, float, float]) -> None:
     z, u, dz = (torch.empty(1, rows, columns, dtype=torch.bfloat16) for _ in range(3))
     labels = torch.zeros(rows + offset, dtype=torch.int64)[offset:]
-    hard, soft, lse, stats = (torch.ones(rows, width).squeeze(1) for width in (1, 1, 2, 7))
+    hard, soft, lse, stats = (torch.ones(rows, width).squeeze(1) for width in (1, 1, 2, 8))
     spec = RowSpec(2.0, *divergence, 0.0, columns)
     kd_rows.kd_rows(Rows(z, u, labels, hard, soft), spec, hard, soft, stats, dz)
     kd_rows.kd_rows(Rows(z, u, labels, hard, soft), spec, None, None, stats, dz)

@@ -1,4 +1,4 @@
-"""The row operation: losses and gradient of one token a program, in two reads of the logits where one sum allows it.
+"""The row operation: losses and gradient, in two reads of the logits where one sum allows it.
 
 Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft = Σ term(a, b); G = Σ g(a, b);
         dz = hard_scale·(softmax(z) − 1_y) + soft_scale/T·(g − p_s·G).
@@ -7,19 +7,31 @@ Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft 
 Stages  1 normalisers, walking forward; 2 sums of term and g; 3 gradient. Stages 2 and 3 walk back, since the row's
         tail is still in L2. S comes with stage 1 where a mean of d gives it, and stage 2 is left out; where that mean
         has not the digits, or there is none, stage 2 sums S and G.
-Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, last stride 1; y [N] int64; scales, losses [N] fp32; stats [N, 8] fp32.
-Bytes   an element, e bytes wide: loss 2e; loss and gradient 5e; 2e more for each stage 2; gradient from statistics 3e.
-        The floors are 2e, 3e and 3e: a row of both tensors does not fit in one SM.
-Grid    one program a row, BLOCK columns a step. A row whose scales are 0 is not read.
+Shapes  z, u, dz [B, S, V_i] bf16|fp16|fp32, each its own, last stride 1; y [N] int64; scales, losses [N] fp32;
+        stats [N, 8] fp32. A row whose scales are 0 is not read.
+Bytes   an element, e bytes wide: loss 2e, loss and gradient 5e, 2e more for each stage 2, gradient from statistics 3e,
+        of which the second and later reads are L2's where the rows in flight fit there. The floors are 2e, 3e and 3e.
+Grid    As many programs as fill the GPU, or as many rows as L2 holds; each walks every so-manieth row. Where rows are
+        few, a row is split into slices, a program each, in three launches, the state, the sums (if need be) and the
+        gradient of a slice; each merges what the slices before it left, all in the same order.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from fastkd import _request
 from fastkd._request import Mix, Rows, RowSpec
-from fastkd.kernels import divergence
-from fastkd.kernels.config import alignment, device_of, is_nvidia, launch_options, row_strides
+from fastkd.kernels.config import (
+    MAX_SLICES,
+    alignment,
+    device_of,
+    gpu_of,
+    launch_options,
+    programs_of,
+    row_strides,
+    slices_of,
+)
 from fastkd.kernels.divergence import (
     FAR,
     MIX_BOTH,
@@ -29,7 +41,7 @@ from fastkd.kernels.divergence import (
     from_far_mixture,
     moment_rule,
 )
-from fastkd.kernels.lse import LN_2, align, row_start, shift_of
+from fastkd.kernels.lse import LN_2, LOG2_E, align, row_start, shift_of, slice_at
 from fastkd.kernels.row_stages import (
     from_exact_sums,
     from_moment,
@@ -51,79 +63,361 @@ GRAD_SUM = tl.constexpr(_request.GRAD_SUM)
 LABEL_REST = tl.constexpr(_request.LABEL_REST)
 GRAD_FORM = tl.constexpr(_request.GRAD_FORM)
 NUM_STATS = tl.constexpr(_request.NUM_STATS)
+# Numbers of a slice's state, the last the label's logit, which its slice alone adds; and of its sums.
+STATE = tl.constexpr(9)
+SUMS = tl.constexpr(4)
+
+# What varies from call to call must not compile a kernel again.
+FREE = {
+    "do_not_specialize": ["rows", "inner_rows", "slices"],
+    "do_not_specialize_on_alignment": [
+        "y_ptr", "hard_scale_ptr", "soft_scale_ptr", "hard_ptr", "soft_ptr", "stats_ptr", "states_ptr", "sums_ptr",
+    ],
+}  # fmt: skip
 
 
 @triton.jit
-def exact_sums(
-    z_ptr, u_ptr, head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
-    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr,
-    FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+def row_scales(hard_scale_ptr, soft_scale_ptr, row):
+    hard_scale = 0.0
+    soft_scale = 0.0
+    if hard_scale_ptr is not None:
+        hard_scale = tl.load(hard_scale_ptr + row)
+    if soft_scale_ptr is not None:
+        soft_scale = tl.load(soft_scale_ptr + row)
+    return hard_scale, soft_scale
+
+
+@triton.jit
+def label_column(y_ptr, row, n, head):
+    """Where a walk over the row meets its label; −1 if there is none, or none of the row's."""
+    if y_ptr is not None:
+        y = tl.load(y_ptr + row)
+        return tl.where((y >= 0) & (y < n), y + head, -1).to(tl.int32)
+    else:
+        return -1
+
+
+@triton.jit
+def label_logit(z_ptr, label, head):
+    """(the label's logit or NaN; a number near the row's logits, since far from 0 their sum has no digits)."""
+    z = tl.load(z_ptr + tl.where(label < 0, head, label)).to(tl.float32)
+    return tl.where(label < 0, float("nan"), z), shift_of(z)
+
+
+@triton.jit
+def normalisers(z_peak, u_peak, sum_s, sum_t, SOFT: tl.constexpr):
+    """(the peaks as shifts, and the logarithms of the sums relative to them)."""
+    if SOFT:
+        return shift_of(z_peak), shift_of(u_peak), tl.log2(sum_s) * LN_2, tl.log2(sum_t) * LN_2
+    else:
+        return shift_of(z_peak), 0.0, 0.0, 0.0
+
+
+@triton.jit
+def store_row(
+    hard_ptr, soft_ptr, stats_ptr, row, hard, soft, z_shift, u_shift, log_h, log_s, log_t, grad_sum, rest, form
 ):  # fmt: skip
-    """(S, G, the form of g) of a row by stage 2."""
-    soft, sum_far, sum_near, sum_excess = slice_exact_sums(
-        z_ptr, u_ptr, head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
-        FORMULA, MIX, BALANCED, FAST_LOG, BLOCK, VEC, PEEL,
-    )  # fmt: skip
-    return from_exact_sums(
-        tl.sum(soft, 0), tl.sum(sum_far, 0), tl.sum(sum_near, 0), tl.sum(sum_excess, 0), c_t, c_s, w,
-        FORMULA, MIX,
-    )  # fmt: skip
+    tl.store(hard_ptr + row, hard)
+    tl.store(soft_ptr + row, tl.where(soft < 0.0, 0.0, soft))
+    stats_ptr += row.to(tl.int64) * NUM_STATS
+    tl.store(stats_ptr + PEAK_STUDENT, z_shift)
+    tl.store(stats_ptr + PEAK_TEACHER, u_shift)
+    tl.store(stats_ptr + LOG_HARD, log_h)
+    tl.store(stats_ptr + LOG_STUDENT, log_s)
+    tl.store(stats_ptr + LOG_TEACHER, log_t)
+    tl.store(stats_ptr + GRAD_SUM, grad_sum)
+    tl.store(stats_ptr + LABEL_REST, rest)
+    tl.store(stats_ptr + GRAD_FORM, form)
 
 
-# What varies from call to call must not compile the kernel again.
-@triton.jit(
-    do_not_specialize=["inner_rows"],
-    do_not_specialize_on_alignment=["y_ptr", "hard_scale_ptr", "soft_scale_ptr", "hard_ptr", "soft_ptr", "stats_ptr"],
-)
-def kd_rows_kernel(
-    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, hard_ptr, soft_ptr, stats_ptr, dz_ptr,
-    inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
-    n, columns, temperature, c_t, c_s, w, smoothing,
-    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
-    SMOOTH: tl.constexpr, FAST_LOG: tl.constexpr, FROM_STATS: tl.constexpr,
+@triton.jit
+def gradient(
+    z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, soft_scale,
+    z_shift, u_shift, log_h, log_s, log_t, grad_sum, rest, form, inv_t, c_t, c_s, w, smoothing, n,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, POWER: tl.constexpr, FAST_LOG: tl.constexpr,
+    HARD: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
+    """Stage 3 in the row's form of g."""
+    label_grad = hard_scale * (smoothing - rest)
+    smooth_grad = hard_scale * (smoothing / n)
+    TWO_FORMS: tl.constexpr = SOFT and (MIX != MIX_TEACHER or FORMULA == TOTAL_VARIATION)
+    is_near = False
+    if TWO_FORMS:
+        is_near = form != 0.0
+    if is_near:
+        slice_gradient(
+            z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, label_grad, smooth_grad, soft_scale,
+            z_shift, u_shift, log_h, log_s, log_t, grad_sum, inv_t, c_t, c_s, w,
+            FORMULA, MIX, BALANCED, NEAR, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
+        )  # fmt: skip
+    else:
+        slice_gradient(
+            z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, label_grad, smooth_grad, soft_scale,
+            z_shift, u_shift, log_h, log_s, log_t, grad_sum, inv_t, c_t, c_s, w,
+            FORMULA, MIX, BALANCED, FAR, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
+        )  # fmt: skip
+
+
+@triton.jit(**FREE)
+def kd_rows_kernel(
+    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, hard_ptr, soft_ptr, stats_ptr, dz_ptr,
+    rows, inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
+    n, columns, temperature, c_t, c_s, w, smoothing,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
+    SMOOTH: tl.constexpr, FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """All stages of whole rows."""
     HARD: tl.constexpr = y_ptr is not None
     SOFT: tl.constexpr = u_ptr is not None
     GRAD: tl.constexpr = dz_ptr is not None
-
-    row = tl.program_id(0)
-    hard_scale = 0.0
-    soft_scale = 0.0
-    if HARD:
-        hard_scale = tl.load(hard_scale_ptr + row)
-    if SOFT:
-        soft_scale = tl.load(soft_scale_ptr + row)
-    if (hard_scale == 0.0) & (soft_scale == 0.0):
-        if not FROM_STATS:
+    inv_t = 1.0 / temperature
+    k = inv_t * LOG2_E
+    for turn in tl.range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
+        row = tl.program_id(0) + turn * tl.num_programs(0)
+        hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
+        if (hard_scale == 0.0) & (soft_scale == 0.0):
             tl.store(hard_ptr + row, 0.0)
             tl.store(soft_ptr + row, 0.0)
-        if GRAD:
-            zero_columns(dz_ptr + row_start(row, inner_rows, dz_outer, dz_inner), 0, columns, BLOCK)
+            if GRAD:
+                zero_columns(dz_ptr + row_start(row, inner_rows, dz_outer, dz_inner), 0, columns, BLOCK)
+        else:
+            start, head = align(row_start(row, inner_rows, z_outer, z_inner), VEC, PEEL)
+            z_row = z_ptr + start
+            u_row = None
+            if SOFT:
+                u_row = u_ptr + align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0]
+            length = n + head
+            label = label_column(y_ptr, row, n, head)
+            z_y = 0.0
+            anchor = 0.0
+            if HARD:  # before stage 1, whose barriers keep it from other warps' stores where dz is z
+                z_y, anchor = label_logit(z_row, label, head)
+            z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
+                z_row, u_row, head, length, label, k, anchor,
+                FORMULA, MOMENT, POWER, SMOOTH, HARD, SOFT, BLOCK, VEC, PEEL,
+            )  # fmt: skip
+            z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
+                z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k, FORMULA, MOMENT, SMOOTH, HARD, SOFT
+            )
+            z_shift, u_shift, log_s, log_t = normalisers(z_peak, u_peak, sum_s, sum_t, SOFT)
+            hard = 0.0
+            log_h = 0.0
+            rest = 0.0
+            if HARD:
+                hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+            soft = 0.0
+            grad_sum = 0.0
+            form = 0.0
+            if SOFT:
+                has_digits = False
+                if MIX == MIX_BOTH:
+                    teacher, student, share = slice_far_sums(
+                        z_row, u_row, head, length, z_shift, u_shift, log_s, log_t, inv_t, w,
+                        BALANCED, FAST_LOG, BLOCK, VEC, PEEL,
+                    )  # fmt: skip
+                    soft, grad_sum, has_digits = from_far_mixture(
+                        tl.sum(teacher, 0), tl.sum(student, 0), tl.sum(share, 0), c_t, c_s, w
+                    )
+                elif FORMULA != TOTAL_VARIATION:
+                    soft, grad_sum, has_digits = from_moment(
+                        z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s, FORMULA, MOMENT
+                    )
+                if not has_digits:
+                    sum_term, sum_far, sum_near, sum_excess = slice_exact_sums(
+                        z_row, u_row, head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
+                        FORMULA, MIX, BALANCED, MIX == MIX_BOTH, FAST_LOG, BLOCK, VEC, PEEL,
+                    )  # fmt: skip
+                    if MIX != MIX_BOTH:
+                        grad_sum = tl.sum(sum_far, 0)
+                    soft, grad_sum, form = from_exact_sums(
+                        tl.sum(sum_term, 0), grad_sum, tl.sum(sum_near, 0), tl.sum(sum_excess, 0),
+                        c_t, c_s, w, FORMULA, MIX,
+                    )  # fmt: skip
+            store_row(
+                hard_ptr, soft_ptr, stats_ptr, row,
+                hard, soft, z_shift, u_shift, log_h, log_s, log_t, grad_sum, rest, form,
+            )  # fmt: skip
+            if GRAD:
+                dz_row = dz_ptr + align(row_start(row, inner_rows, dz_outer, dz_inner), VEC, PEEL)[0]
+                gradient(
+                    z_row, u_row, dz_row, head, length, label, hard_scale, soft_scale,
+                    z_shift, u_shift, log_h, log_s, log_t, grad_sum, rest, form, inv_t, c_t, c_s, w, smoothing, n,
+                    FORMULA, MIX, BALANCED, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
+                )  # fmt: skip
+                zero_columns(dz_row + head, n, columns, BLOCK)
+
+
+@triton.jit(**FREE)
+def slice_state_kernel(
+    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, states_ptr,
+    inner_rows, z_outer, z_inner, u_outer, u_inner, n, width, temperature,
+    FORMULA: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """Stage 1 of a slice: its state [N, slices, STATE]."""
+    HARD: tl.constexpr = y_ptr is not None
+    SOFT: tl.constexpr = u_ptr is not None
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
+    if (hard_scale == 0.0) & (soft_scale == 0.0):
         return
-
-    z_start, head = align(row_start(row, inner_rows, z_outer, z_inner), VEC, PEEL)
-    z_ptr += z_start
-    if SOFT:
-        u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0]
-    length = n + head
-    inv_t = 1.0 / temperature
-    stats_ptr += row.to(tl.int64) * NUM_STATS
-
-    label = -1
+    k = 1.0 / temperature * LOG2_E
+    row_at, head = align(row_start(row, inner_rows, z_outer, z_inner), VEC, PEEL)
+    z_ptr += row_at
+    label = label_column(y_ptr, row, n, head)
+    z_y = 0.0
+    anchor = 0.0
     if HARD:
-        y = tl.load(y_ptr + row)
-        label = tl.where((y >= 0) & (y < n), y + head, -1).to(tl.int32)
+        z_y, anchor = label_logit(z_ptr, label, head)
+    start, head, length, label = slice_at(part, width, head, n + head, label)
+    if SOFT:
+        u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
+        z_ptr + start, u_ptr, head, length, label, k, anchor,
+        FORMULA, MOMENT, POWER, SMOOTH, HARD, SOFT, BLOCK, VEC, PEEL,
+    )  # fmt: skip
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
+        z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k, FORMULA, MOMENT, SMOOTH, HARD, SOFT
+    )
+    states_ptr += (row * tl.num_programs(1) + part) * STATE
+    tl.store(states_ptr, z_peak)
+    tl.store(states_ptr + 1, u_peak)
+    tl.store(states_ptr + 2, sum_h)
+    tl.store(states_ptr + 3, sum_s)
+    tl.store(states_ptr + 4, sum_t)
+    tl.store(states_ptr + 5, moment)
+    tl.store(states_ptr + 6, mean_z)
+    tl.store(states_ptr + 7, sum_z)
+    tl.store(states_ptr + 8, tl.where(label < 0, 0.0, z_y))
 
-    # The peaks and the logarithms of the normalisers relative to them; G and the form of g; 1 − p_y.
+
+@triton.jit
+def merged_state(
+    states_ptr, row, slices, k,
+    FORMULA: tl.constexpr, MOMENT: tl.constexpr, SMOOTH: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
+    MAX: tl.constexpr,
+):  # fmt: skip
+    """The row's state, and its label's logit, from its slices'."""
+    part = tl.arange(0, MAX)
+    there = part < slices
+    ptrs = states_ptr + (row * slices + part) * STATE
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
+        tl.load(ptrs, there, -float("inf")), tl.load(ptrs + 1, there, -float("inf")),
+        tl.load(ptrs + 2, there, 0.0), tl.load(ptrs + 3, there, 0.0), tl.load(ptrs + 4, there, 0.0),
+        tl.load(ptrs + 5, there, 0.0), tl.load(ptrs + 6, there, 0.0), tl.load(ptrs + 7, there, 0.0),
+        k, FORMULA, MOMENT, SMOOTH, HARD, SOFT,
+    )  # fmt: skip
+    return z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, tl.sum(tl.load(ptrs + 8, there, 0.0), 0)
+
+
+@triton.jit(**FREE)
+def slice_sums_kernel(
+    z_ptr, u_ptr, hard_scale_ptr, soft_scale_ptr, states_ptr, sums_ptr,
+    inner_rows, z_outer, z_inner, u_outer, u_inner, n, width, temperature, c_t, c_s, w,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, FAST_LOG: tl.constexpr,
+    MAX: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """Stage 2 of a slice, where the row's state does not tell S and G: its sums [N, slices, SUMS]."""
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
+    if (hard_scale == 0.0) & (soft_scale == 0.0):
+        return
+    slices = tl.num_programs(1)
+    inv_t = 1.0 / temperature
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, z_y = merged_state(
+        states_ptr, row, slices, inv_t * LOG2_E, FORMULA, MOMENT, False, False, True, MAX
+    )
+    z_shift, u_shift, log_s, log_t = normalisers(z_peak, u_peak, sum_s, sum_t, True)
+    if MIX != MIX_BOTH and FORMULA != TOTAL_VARIATION:
+        soft, grad_sum, has_digits = from_moment(
+            z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s, FORMULA, MOMENT
+        )
+        if has_digits:
+            return
+    row_at, head = align(row_start(row, inner_rows, z_outer, z_inner), VEC, PEEL)
+    start, head, length, _ = slice_at(part, width, head, n + head, -1)
+    sum_term, sum_far, sum_near, sum_excess = slice_exact_sums(
+        z_ptr + row_at + start, u_ptr + align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start,
+        head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
+        FORMULA, MIX, BALANCED, False, FAST_LOG, BLOCK, VEC, PEEL,
+    )  # fmt: skip
+    sums_ptr += (row * slices + part) * SUMS
+    tl.store(sums_ptr, tl.sum(sum_term, 0))
+    tl.store(sums_ptr + 1, tl.sum(sum_far, 0))
+    tl.store(sums_ptr + 2, tl.sum(sum_near, 0))
+    tl.store(sums_ptr + 3, tl.sum(sum_excess, 0))
+
+
+@triton.jit(**FREE)
+def slice_gradient_kernel(
+    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, hard_ptr, soft_ptr, stats_ptr, states_ptr, sums_ptr, dz_ptr,
+    inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
+    n, columns, width, slices, temperature, c_t, c_s, w, smoothing,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
+    SMOOTH: tl.constexpr, FAST_LOG: tl.constexpr, MAX: tl.constexpr,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """Stage 3 of a slice from the row's statistics; if there are states, these come from them, and the losses too."""
+    HARD: tl.constexpr = y_ptr is not None
+    SOFT: tl.constexpr = u_ptr is not None
+    GRAD: tl.constexpr = dz_ptr is not None
+    FROM_STATES: tl.constexpr = states_ptr is not None
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
+    if (hard_scale == 0.0) & (soft_scale == 0.0):
+        if FROM_STATES:
+            if part == 0:
+                tl.store(hard_ptr + row, 0.0)
+                tl.store(soft_ptr + row, 0.0)
+        if GRAD:
+            dz_ptr += row_start(row, inner_rows, dz_outer, dz_inner)
+            zero_columns(dz_ptr, part * width, tl.minimum(part * width + width, columns), BLOCK)
+        return
+    row_at, head = align(row_start(row, inner_rows, z_outer, z_inner), VEC, PEEL)
+    label = label_column(y_ptr, row, n, head)
+    inv_t = 1.0 / temperature
     u_shift = 0.0
     log_h = 0.0
     log_s = 0.0
     log_t = 0.0
     grad_sum = 0.0
-    near = 0.0
+    form = 0.0
     rest = 0.0
-    if FROM_STATS:
+    if FROM_STATES:
+        z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, z_y = merged_state(
+            states_ptr, row, slices, inv_t * LOG2_E, FORMULA, MOMENT, SMOOTH, HARD, SOFT, MAX
+        )
+        z_shift, u_shift, log_s, log_t = normalisers(z_peak, u_peak, sum_s, sum_t, SOFT)
+        hard = 0.0
+        if HARD:
+            z_y = tl.where(label < 0, float("nan"), z_y)
+            hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+        soft = 0.0
+        if SOFT:
+            has_digits = False
+            if MIX != MIX_BOTH and FORMULA != TOTAL_VARIATION:
+                soft, grad_sum, has_digits = from_moment(
+                    z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s, FORMULA, MOMENT
+                )
+            if not has_digits:
+                at = tl.arange(0, MAX)
+                ptrs = sums_ptr + (row * slices + at) * SUMS
+                soft, grad_sum, form = from_exact_sums(
+                    tl.sum(tl.load(ptrs, at < slices, 0.0), 0), tl.sum(tl.load(ptrs + 1, at < slices, 0.0), 0),
+                    tl.sum(tl.load(ptrs + 2, at < slices, 0.0), 0), tl.sum(tl.load(ptrs + 3, at < slices, 0.0), 0),
+                    c_t, c_s, w, FORMULA, MIX,
+                )  # fmt: skip
+        if part == 0:
+            store_row(
+                hard_ptr, soft_ptr, stats_ptr, row,
+                hard, soft, z_shift, u_shift, log_h, log_s, log_t, grad_sum, rest, form,
+            )  # fmt: skip
+    else:
+        stats_ptr += row.to(tl.int64) * NUM_STATS
         z_shift = tl.load(stats_ptr + PEAK_STUDENT)
         if HARD:
             log_h = tl.load(stats_ptr + LOG_HARD)
@@ -133,110 +427,73 @@ def kd_rows_kernel(
             log_s = tl.load(stats_ptr + LOG_STUDENT)
             log_t = tl.load(stats_ptr + LOG_TEACHER)
             grad_sum = tl.load(stats_ptr + GRAD_SUM)
-            near = tl.load(stats_ptr + GRAD_FORM)
-    else:
-        # The label's logit is loaded before stage 1, whose barriers keep it from other warps' stores, where dz is z.
-        z_y = float("nan")
-        anchor = 0.0
-        if HARD:
-            z_0 = tl.load(z_ptr + tl.where(label < 0, head, label)).to(tl.float32)
-            z_y = tl.where(label < 0, float("nan"), z_0)
-            anchor = shift_of(z_0)  # far from 0 a sum of z would have no digits left
-        k = inv_t * divergence.LOG2_E
-        z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
-            z_ptr, u_ptr, head, length, label, k, anchor,
-            FORMULA, MOMENT, POWER, SMOOTH, HARD, SOFT, BLOCK, VEC, PEEL,
-        )  # fmt: skip
-        z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
-            z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k, FORMULA, MOMENT, SOFT
-        )
-        z_shift = shift_of(z_peak)
-        hard = 0.0
-        if HARD:
-            hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
-        soft = 0.0
-        if SOFT:
-            u_shift = shift_of(u_peak)
-            log_s = tl.log2(sum_s) * LN_2
-            log_t = tl.log2(sum_t) * LN_2
-            if FORMULA == TOTAL_VARIATION:
-                soft, grad_sum, near = exact_sums(
-                    z_ptr, u_ptr, head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
-                    FORMULA, MIX, BALANCED, FAST_LOG, BLOCK, VEC, PEEL,
-                )  # fmt: skip
-            else:
-                if MIX == MIX_BOTH:
-                    teacher, student, share = slice_far_sums(
-                        z_ptr, u_ptr, head, length, z_shift, u_shift, log_s, log_t, inv_t, w,
-                        BALANCED, FAST_LOG, BLOCK, VEC, PEEL,
-                    )  # fmt: skip
-                    soft, grad_sum, has_digits = from_far_mixture(
-                        tl.sum(teacher, 0), tl.sum(student, 0), tl.sum(share, 0), c_t, c_s, w
-                    )
-                else:
-                    soft, grad_sum, has_digits = from_moment(
-                        sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s, FORMULA, MOMENT
-                    )
-                if not has_digits:
-                    soft, grad_sum, near = exact_sums(
-                        z_ptr, u_ptr, head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
-                        FORMULA, MIX, BALANCED, FAST_LOG, BLOCK, VEC, PEEL,
-                    )  # fmt: skip
-            soft = tl.where(soft < 0.0, 0.0, soft)
-        tl.store(hard_ptr + row, hard)
-        tl.store(soft_ptr + row, soft)
-        tl.store(stats_ptr + PEAK_STUDENT, z_shift)
-        tl.store(stats_ptr + PEAK_TEACHER, u_shift)
-        tl.store(stats_ptr + LOG_HARD, log_h)
-        tl.store(stats_ptr + LOG_STUDENT, log_s)
-        tl.store(stats_ptr + LOG_TEACHER, log_t)
-        tl.store(stats_ptr + GRAD_SUM, grad_sum)
-        tl.store(stats_ptr + LABEL_REST, rest)
-        tl.store(stats_ptr + GRAD_FORM, near)
-
-    # Stage 3
+            form = tl.load(stats_ptr + GRAD_FORM)
     if GRAD:
+        start, slice_head, length, label = slice_at(part, width, head, n + head, label)
+        if SOFT:
+            u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start
         dz_ptr += align(row_start(row, inner_rows, dz_outer, dz_inner), VEC, PEEL)[0]
-        label_grad = hard_scale * (smoothing - rest)
-        smooth_grad = hard_scale * smoothing / n
-        if SOFT and MIX != MIX_TEACHER:
-            if near != 0.0:
-                slice_gradient(
-                    z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, label_grad, smooth_grad, soft_scale,
-                    z_shift, u_shift, log_h, log_s, log_t, grad_sum, inv_t, c_t, c_s, w,
-                    FORMULA, MIX, BALANCED, NEAR, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
-                )  # fmt: skip
-            else:
-                slice_gradient(
-                    z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, label_grad, smooth_grad, soft_scale,
-                    z_shift, u_shift, log_h, log_s, log_t, grad_sum, inv_t, c_t, c_s, w,
-                    FORMULA, MIX, BALANCED, FAR, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
-                )  # fmt: skip
-        else:
-            slice_gradient(
-                z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, label_grad, smooth_grad, soft_scale,
-                z_shift, u_shift, log_h, log_s, log_t, grad_sum, inv_t, c_t, c_s, w,
-                FORMULA, MIX, BALANCED, FAR, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
-            )  # fmt: skip
-        zero_columns(dz_ptr + head, n, columns, BLOCK)
+        gradient(
+            z_ptr + row_at + start, u_ptr, dz_ptr + start, slice_head, length, label, hard_scale, soft_scale,
+            z_shift, u_shift, log_h, log_s, log_t, grad_sum, rest, form, inv_t, c_t, c_s, w, smoothing, n,
+            FORMULA, MIX, BALANCED, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
+        )  # fmt: skip
+        if part == 0:
+            zero_columns(dz_ptr + head, n, columns, BLOCK)
+
+
+def is_heavy(mix: int, peel: bool | int) -> bool:
+    return mix == Mix.BOTH and bool(peel)
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
-    """Losses and statistics, and the gradient if ``grad`` is given; without ``hard`` the gradient from statistics."""
-    z, u, dz = rows.student, rows.teacher, grad
+    """Losses and statistics, and the gradient if ``grad`` is given, whose dtype is its own; without ``hard`` the
+    gradient from statistics."""
+    z, u, y, hard_scale, soft_scale = rows
     outer, inner, columns = z.shape
-    if outer * inner == 0:
+    count = outer * inner
+    if count == 0:
         return
-    mix = spec.mix
+    gpu, n, mix = gpu_of(z), spec.vocab_size, spec.mix
+    tiles = alignment(z, u, grad)
+    slices, width = slices_of(gpu, count, columns, tiles["VEC"])
+    kind = {
+        "FORMULA": int(spec.formula), "MIX": int(mix), "BALANCED": spec.c_s * spec.w == spec.c_t * (1.0 - spec.w),
+        "MOMENT": moment_rule(spec.formula, mix), "FAST_LOG": gpu.is_nvidia,
+    }  # fmt: skip
     # exp(x) = exp(x/T)^T saves an exponential a column at small integer T.
     power = int(spec.temperature) if spec.temperature in (1.0, 2.0, 3.0, 4.0) else 0
+    hard_kind = {"POWER": power, "SMOOTH": spec.label_smoothing > 0}
+    weights = (spec.c_t, spec.c_s, spec.w)
+    inputs = (inner, *row_strides(z), *row_strides(u))
     with device_of(z):
-        kd_rows_kernel[(outer * inner,)](
-            z, u, rows.labels, rows.hard_scale, rows.soft_scale, hard, soft, stats, dz,
-            inner, *row_strides(z), *row_strides(u), *row_strides(dz),
-            spec.vocab_size, columns, spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing,
-            FORMULA=int(spec.formula), MIX=int(mix), MOMENT=moment_rule(spec.formula, mix), POWER=power,
-            BALANCED=spec.c_s * spec.w == spec.c_t * (1.0 - spec.w),
-            SMOOTH=spec.label_smoothing > 0, FAST_LOG=is_nvidia(), FROM_STATS=hard is None,
-            **alignment(z, u, dz), **launch_options(columns, heavy=u is not None and mix == Mix.BOTH),
+        if hard is not None and slices == 1:
+            options = launch_options(gpu, columns, tiles["VEC"], heavy=is_heavy(mix, tiles["PEEL"]))
+            row_bytes = columns * (z.element_size() + (0 if u is None else u.element_size()))
+            kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"]),)](
+                z, u, y, hard_scale, soft_scale, hard, soft, stats, grad,
+                count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, spec.label_smoothing,
+                **kind, **hard_kind, **tiles, **options,
+            )  # fmt: skip
+            return
+        grid = (count, slices)
+        options = launch_options(gpu, width, tiles["VEC"])
+        states = sums = None
+        if hard is not None:
+            states = torch.empty(count, slices, STATE.value, device=z.device)
+            moment_kind = {name: kind[name] for name in ("FORMULA", "MOMENT")}
+            slice_state_kernel[grid](
+                z, u, y, hard_scale, soft_scale, states, *inputs, n, width, spec.temperature,
+                **moment_kind, **hard_kind, **tiles, **options,
+            )  # fmt: skip
+        if states is not None and u is not None:
+            sums = torch.empty(count, slices, SUMS.value, device=z.device)
+            slice_sums_kernel[grid](
+                z, u, hard_scale, soft_scale, states, sums, *inputs, n, width, spec.temperature, *weights,
+                **kind, MAX=MAX_SLICES, **tiles, **options,
+            )  # fmt: skip
+        slice_gradient_kernel[grid if grad is not None else (count, 1)](
+            z, u, y, hard_scale, soft_scale, hard, soft, stats, states, sums, grad,
+            *inputs, *row_strides(grad), n, columns, width, slices, spec.temperature, *weights, spec.label_smoothing,
+            **kind, **hard_kind, MAX=MAX_SLICES, **tiles, **options,
         )  # fmt: skip

@@ -37,8 +37,10 @@ from fastkd.kernels.lse import (
     NO_TILE,
     columns_of,
     inside,
+    lane_sum,
     load_tile,
     new_peak,
+    of_lanes,
     shift_of,
     store_tile,
     tile_apart,
@@ -59,15 +61,14 @@ def slice_state(
     HARD: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Stage 1: a state a lane."""
-    LANES: tl.constexpr = BLOCK // VEC
-    z_peak = tl.full([LANES], -float("inf"), tl.float32)
-    u_peak = tl.full([LANES], -float("inf"), tl.float32)
-    sum_h = tl.zeros([LANES], tl.float32)
-    sum_s = tl.zeros([LANES], tl.float32)
-    sum_t = tl.zeros([LANES], tl.float32)
-    moment = tl.zeros([LANES], tl.float32)
-    mean_z = tl.zeros([LANES], tl.float32)
-    sum_z = tl.zeros([LANES], tl.float32)
+    z_peak = of_lanes(-float("inf"), BLOCK, VEC)
+    u_peak = of_lanes(-float("inf"), BLOCK, VEC)
+    sum_h = of_lanes(0.0, BLOCK, VEC)
+    sum_s = of_lanes(0.0, BLOCK, VEC)
+    sum_t = of_lanes(0.0, BLOCK, VEC)
+    moment = of_lanes(0.0, BLOCK, VEC)
+    mean_z = of_lanes(0.0, BLOCK, VEC)
+    sum_z = of_lanes(0.0, BLOCK, VEC)
     apart = tile_apart(label, length, BLOCK, PEEL)
     for masked in tl.static_range(2):
         first, end = tile_range(length, apart, BLOCK, PEEL, masked)
@@ -79,7 +80,7 @@ def slice_state(
             old_z = z_peak
             z_peak, z_ref = new_peak(old_z, z)
             z_drop = old_z - z_ref
-            x = z - z_ref[:, None]
+            x = z - z_ref[None, :, None]
             if SOFT:
                 old_u = u_peak
                 u_peak, u_ref = new_peak(old_u, u)
@@ -87,57 +88,64 @@ def slice_state(
                 by_s = tl.exp2(z_drop * k)
                 by_t = tl.exp2(u_drop * k)
                 s = tl.exp2(x * k)
-                v = u - u_ref[:, None]
+                v = u - u_ref[None, :, None]
                 t = tl.exp2(v * k)
                 if MOMENT != OF_NONE:
                     moment = rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT)
-                    moment += tl.sum(moment_of(s, t, x, v, MOMENT), 1)
+                    moment += lane_sum(moment_of(s, t, x, v, MOMENT))
                 if FORMULA == CROSS_ENTROPY:
-                    mean_z = mul0(by_t, mean_z + mul0(sum_t, z_drop)) + tl.sum(mul0(t, x), 1)
-                sum_s = sum_s * by_s + tl.sum(s, 1)
-                sum_t = sum_t * by_t + tl.sum(t, 1)
+                    mean_z = mul0(by_t, mean_z + mul0(sum_t, z_drop)) + lane_sum(mul0(t, x))
+                sum_s = sum_s * by_s + lane_sum(s)
+                sum_t = sum_t * by_t + lane_sum(t)
             if HARD:
                 if SOFT and POWER > 0:
                     by_h = integer_power(by_s, POWER)
-                    h = integer_power(s, POWER)
+                    h = s * integer_power(s, POWER - 1)
                 else:
                     by_h = tl.exp2(z_drop * LOG2_E)
                     h = tl.exp2(x * LOG2_E)
                 if masked:
                     h = tl.where(columns_of(BLOCK, VEC) == label - tile, 0.0, h)
-                sum_h = sum_h * by_h + tl.sum(h, 1)
+                sum_h = sum_h * by_h + lane_sum(h)
             if SMOOTH:
                 above = z - anchor
                 if masked:
                     above = tl.where(inside(tile, head, length, BLOCK, VEC), above, 0.0)
-                sum_z += tl.sum(above, 1)
+                sum_z += lane_sum(above)
     return z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z
 
 
 @triton.jit
 def merged(
     z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k,
-    FORMULA: tl.constexpr, MOMENT: tl.constexpr, SOFT: tl.constexpr,
+    FORMULA: tl.constexpr, MOMENT: tl.constexpr, SMOOTH: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
-    """The one state of many, along their only axis."""
+    """The one state of many, along their only axis; what the structure does without is 0."""
     z_top = tl.max(z_peak, 0)
-    u_top = tl.max(u_peak, 0)
+    u_top = -float("inf")
     z_drop = z_peak - shift_of(z_top)
-    sum_h = tl.sum(sum_h * tl.exp2(z_drop * LOG2_E), 0)
+    total_h = 0.0
+    total_s = 0.0
+    total_t = 0.0
+    total_moment = 0.0
+    total_mean = 0.0
+    total_z = 0.0
+    if HARD:
+        total_h = tl.sum(sum_h * tl.exp2(z_drop * LOG2_E), 0)
+    if SMOOTH:
+        total_z = tl.sum(sum_z, 0)
     if SOFT:
+        u_top = tl.max(u_peak, 0)
         u_drop = u_peak - shift_of(u_top)
         by_s = tl.exp2(z_drop * k)
         by_t = tl.exp2(u_drop * k)
         if MOMENT != OF_NONE:
-            moment = rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT)
+            total_moment = tl.sum(rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT), 0)
         if FORMULA == CROSS_ENTROPY:
-            mean_z = mul0(by_t, mean_z + mul0(sum_t, z_drop))
-        sum_s *= by_s
-        sum_t *= by_t
-    return (
-        z_top, u_top, sum_h, tl.sum(sum_s, 0), tl.sum(sum_t, 0), tl.sum(moment, 0), tl.sum(mean_z, 0),
-        tl.sum(sum_z, 0),
-    )  # fmt: skip
+            total_mean = tl.sum(mul0(by_t, mean_z + mul0(sum_t, z_drop)), 0)
+        total_s = tl.sum(sum_s * by_s, 0)
+        total_t = tl.sum(sum_t * by_t, 0)
+    return z_top, u_top, total_h, total_s, total_t, total_moment, total_mean, total_z
 
 
 @triton.jit
@@ -184,19 +192,21 @@ def log1p_positive(x):
 
 @triton.jit
 def from_moment(
-    sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s, FORMULA: tl.constexpr, MOMENT: tl.constexpr
+    z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s,
+    FORMULA: tl.constexpr, MOMENT: tl.constexpr,
 ):  # fmt: skip
     """(S, G in the far form, whether they have digits) where stage 1 knows them.
 
     The mean is good to some 1e-7 of its size. One that is not finite does not count: a column that has −inf on one side
-    alone gives NaN where the other's exponential is 0, and a finite mean may come from a sum that is not.
+    alone gives NaN where the other's exponential is 0, and a finite mean may come from a sum that is not. Nor do logits
+    whose exponents overflow before they are compared, which the near form can take.
     """
     if MOMENT == OF_STUDENT:
         mean = moment / sum_s * inv_t
         value = mean + (log_t - log_s)
         soft = c_s * value
         grad_sum = soft
-        bound = 64.0  # a G of thousands must be rounded as the g are from which it is subtracted
+        bound = 8.0  # a large G must be rounded as the g are from which it is subtracted
     else:
         mean = moment / sum_t * inv_t
         value = mean - (log_t - log_s)
@@ -204,6 +214,7 @@ def from_moment(
         grad_sum = -c_t
         bound = 1e30
     has_digits = (value >= FEW_DIGITS + 0.02 * tl.abs(mean)) & (tl.abs(mean) < bound)
+    has_digits &= (tl.abs(z_shift) < 1e30) & (tl.abs(u_shift) < 1e30)
     if FORMULA == CROSS_ENTROPY:
         soft = log_s - mean_z / sum_t * inv_t
         has_digits &= tl.abs(soft) < bound
@@ -214,7 +225,8 @@ def from_moment(
 def offset_and_shift(z_shift, u_shift, log_s, log_t, inv_t):
     """(c, shift) of d = ((u − c) − z)/T − shift. Where the peaks are far apart c takes the distance out of u before the
     difference is rounded; where they are close it is 0, and u − z exact."""
-    offset = tl.floor((u_shift - z_shift) * 0.125 + 0.5) * 8.0
+    distance = u_shift - z_shift
+    offset = tl.where(tl.abs(distance) < 4.0, 0.0, tl.floor(distance + 0.5))
     return offset, ((u_shift - offset) - z_shift) * inv_t + (log_t - log_s)
 
 
@@ -224,9 +236,9 @@ def slice_far_sums(
     BALANCED: tl.constexpr, FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Stage 2 of a mixture that is not known to be near, walking back: the sums of :func:`far_mixture`, a lane."""
-    teacher = tl.zeros([BLOCK // VEC], tl.float32)
-    student = tl.zeros([BLOCK // VEC], tl.float32)
-    share = tl.zeros([BLOCK // VEC], tl.float32)
+    teacher = of_lanes(0.0, BLOCK, VEC)
+    student = of_lanes(0.0, BLOCK, VEC)
+    share = of_lanes(0.0, BLOCK, VEC)
     k = inv_t * LOG2_E
     log2_r = log2_odds(w, MIX_BOTH)
     for masked in tl.static_range(1, -1, -1):
@@ -238,24 +250,24 @@ def slice_far_sums(
             b = (z - z_shift) * k - log_s * LOG2_E
             a = (u - u_shift) * k - log_t * LOG2_E
             of_teacher, of_student, of_share = far_mixture(a - b, tl.exp2(a), tl.exp2(b), log2_r, FAST_LOG)
-            teacher += tl.sum(of_teacher, 1)
-            student += tl.sum(of_student, 1)
+            teacher += lane_sum(of_teacher)
+            student += lane_sum(of_student)
             if not BALANCED:
-                share += tl.sum(of_share, 1)
+                share += lane_sum(of_share)
     return teacher, student, share
 
 
 @triton.jit
 def slice_exact_sums(
     z_ptr, u_ptr, head, length, z_shift, u_shift, log_s, log_t, inv_t, c_t, c_s, w,
-    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr,
+    FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, FAR_KNOWN: tl.constexpr,
     FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Stage 2, walking back: S, Σ g in the forms that it may take, and with tvd Σ p_t − p_s, a lane."""
-    sum_term = tl.zeros([BLOCK // VEC], tl.float32)
-    sum_far = tl.zeros([BLOCK // VEC], tl.float32)
-    sum_near = tl.zeros([BLOCK // VEC], tl.float32)
-    sum_excess = tl.zeros([BLOCK // VEC], tl.float32)
+    sum_term = of_lanes(0.0, BLOCK, VEC)
+    sum_far = of_lanes(0.0, BLOCK, VEC)
+    sum_near = of_lanes(0.0, BLOCK, VEC)
+    sum_excess = of_lanes(0.0, BLOCK, VEC)
     k = inv_t * LOG2_E
     log2_r = log2_odds(w, MIX)
     offset, shift = offset_and_shift(z_shift, u_shift, log_s, log_t, inv_t)
@@ -270,16 +282,17 @@ def slice_exact_sums(
             p_t = tl.exp2((u - u_shift) * k - log_t * LOG2_E)
             d = ((u - offset) - z) * inv_t - shift
             b = x * inv_t - log_s
-            sum_term += tl.sum(exact_term(b, d, p_t, p_s, c_t, c_s, w, FORMULA, MIX, FAST_LOG), 1)
+            sum_term += lane_sum(exact_term(b, d, p_t, p_s, c_t, c_s, w, FORMULA, MIX, FAST_LOG))
             if FORMULA == TOTAL_VARIATION:
-                sum_excess += tl.sum(excess_of_teacher(d, p_t, p_s), 1)
+                sum_excess += lane_sum(excess_of_teacher(d, p_t, p_s))
             if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
-                sum_near += tl.sum(-c_t * excess_of_teacher(d, p_t, p_s), 1)
+                sum_near += lane_sum(-c_t * excess_of_teacher(d, p_t, p_s))
             else:
                 d2_r = d * LOG2_E + log2_r
-                sum_far += tl.sum(p_s * ratio(d, d2_r, c_t, c_s, w, FORMULA, MIX, BALANCED, FAR, FAST_LOG), 1)
+                if not FAR_KNOWN:
+                    sum_far += lane_sum(p_s * ratio(d, d2_r, c_t, c_s, w, FORMULA, MIX, BALANCED, FAR, FAST_LOG))
                 if MIX != MIX_TEACHER or FORMULA == TOTAL_VARIATION:
-                    sum_near += tl.sum(p_s * ratio(d, d2_r, c_t, c_s, w, FORMULA, MIX, BALANCED, NEAR, FAST_LOG), 1)
+                    sum_near += lane_sum(p_s * ratio(d, d2_r, c_t, c_s, w, FORMULA, MIX, BALANCED, NEAR, FAST_LOG))
     return sum_term, sum_far, sum_near, sum_excess
 
 
@@ -293,13 +306,29 @@ def from_exact_sums(
         near = -sum_near < sum_far
         # 0·S shows a NaN of the teacher's, which no sign does.
         return soft, tl.where(near, sum_near, sum_far) + 0.0 * soft, tl.where(near, 1.0, 0.0)
-    elif MIX == MIX_TEACHER:
+    elif FORMULA == CROSS_ENTROPY:
+        return soft, sum_near, 1.0
+    # An error δ of d in all columns adds c·δ²/2 to S, and −c·δ to Σ g, which is δ's alone where S is small enough.
+    c = c_t * (1.0 - w) * (1.0 - w) + c_s * w * w
+    if MIX == MIX_TEACHER:
+        of_rounding = sum_far - soft
+    else:
+        of_rounding = sum_near
+    soft -= tl.where(soft < 1e-6 * c, 0.5 * of_rounding * of_rounding / c, 0.0)
+    if MIX == MIX_TEACHER:
         return soft, tl.where(soft == float("inf"), soft, sum_far), 0.0
     elif MIX == MIX_STUDENT:  # at any distance
         return soft, sum_near, 1.0
     else:
         near = soft < near_limit(c_t, c_s, w)
         return soft, tl.where(near, sum_near, sum_far), tl.where(near, 1.0, 0.0)
+
+
+@triton.jit
+def rounded_normaliser(shift, log_sum, k):
+    """(the logarithm of the normaliser in log₂, rounded, and what 2^(x·k − it) lacks to be the probability)."""
+    rounded = tl.fma(shift, k, log_sum * LOG2_E)
+    return rounded, tl.exp2(tl.fma(-shift, k, rounded) - log_sum * LOG2_E)
 
 
 @triton.jit
@@ -321,6 +350,15 @@ def slice_gradient(
         c_s *= scale
         far_shift = (log_s - log_t) * LOG2_E + log2_odds(w, MIX)
         power_scale = hard_scale * tl.exp2((POWER * log_s - log_h) * LOG2_E)
+        # What is proportional to a probability takes its exponent in one fused step, whose constant is rounded, and the
+        # rounding's inverse into its factors.
+        PRODUCTS: tl.constexpr = MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION and FORM == FAR
+        if PRODUCTS:
+            s_at, of_s = rounded_normaliser(z_shift, log_s, k)
+            t_at, of_t = rounded_normaliser(u_shift, log_t, k)
+            common *= of_s
+            c_t *= of_t
+            power_scale *= integer_power(of_s, POWER)
     apart = tile_apart(label, length, BLOCK, PEEL)
     for masked in tl.static_range(1, -1, -1):
         first, end = tile_range(length, apart, BLOCK, PEEL, masked)
@@ -328,24 +366,26 @@ def slice_gradient(
             tile = tile_at(i, first, end, length, apart, BLOCK, PEEL, masked, True)
             z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
             x = z - z_shift
-            if HARD:
+            if HARD and masked:
                 is_label = columns_of(BLOCK, VEC) == label - tile
             dz = 0.0
             if SOFT:
                 u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
                 v = u - u_shift
-                p_s = tl.exp2(x * k - log_s * LOG2_E)
+                if PRODUCTS:
+                    p_s = tl.exp2(tl.fma(z, k, -s_at))
+                    p_t = tl.exp2(tl.fma(u, k, -t_at))
+                else:
+                    p_s = tl.exp2(x * k - log_s * LOG2_E)
+                    p_t = tl.exp2(v * k - log_t * LOG2_E)
                 factor = common
                 if HARD and POWER > 0:
-                    hard = power_scale
-                    if POWER > 1:
-                        hard *= integer_power(p_s, POWER - 1)
+                    hard = power_scale * integer_power(p_s, POWER - 1)
                     if masked:
                         hard = tl.where(is_label, 0.0, hard)
                     factor += hard
                 d = ((u - offset) - z) * inv_t - shift
                 if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
-                    p_t = tl.exp2(v * k - log_t * LOG2_E)
                     if FORM == NEAR:
                         p_t = excess_of_teacher(d, p_t, p_s)
                     dz = p_s * factor - c_t * p_t
@@ -367,7 +407,10 @@ def slice_gradient(
 
 @triton.jit
 def integer_power(x, POWER: tl.constexpr):
-    if POWER == 1:
+    """x^POWER, 0 to 4."""
+    if POWER == 0:
+        return 1.0
+    elif POWER == 1:
         return x
     elif POWER == 2:
         return x * x

@@ -10,7 +10,7 @@ Grid    one program a row, BLOCK columns a step
 import triton
 import triton.language as tl
 
-from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
+from fastkd.kernels.config import alignment, device_of, gpu_of, launch_options, row_strides
 from fastkd.kernels.lse import DROP, NO_TILE, align, load_tile, row_start, store_tile, tile_at, tile_range
 
 
@@ -38,7 +38,9 @@ def scale_(x, scalar) -> None:
     outer, inner, columns = x.shape
     if outer * inner == 0:
         return
+    tiles = alignment(x)
     with device_of(x):
         scale_kernel[(outer * inner,)](
-            x, scalar, inner, *row_strides(x), columns, **alignment(x), **launch_options(columns)
-        )
+            x, scalar, inner, *row_strides(x), columns,
+            **tiles, **launch_options(gpu_of(x), columns, tiles["VEC"]),
+        )  # fmt: skip

@@ -27,6 +27,8 @@ CALLS: dict[str, tuple[int, int, int, tuple[int, float, float, float]]] = {
     "another vocabulary": (7, 501, 0, (0, 0.5, 0.5, 0.5)),
     "another beta": (7, 500, 0, (0, 0.3, 0.7, 0.3)),
     "labels off a boundary": (7, 500, 1, (0, 0.5, 0.5, 0.5)),
+    "few long rows": (3, 50000, 0, (0, 0.5, 0.5, 0.5)),
+    "one long row": (1, 50000, 0, (0, 0.3, 0.7, 0.3)),
     "another structure": (7, 500, 0, (0, 1.0, 0.0, 0.0)),
 }
 

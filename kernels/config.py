@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from fastkd._request import Mix
+
 VECTOR_BYTES = 16
 # Of a tile. With one vector of each matrix the loop costs as much as three columns; with four it spills.
 VECTORS_PER_THREAD = 2
@@ -15,6 +17,7 @@ VECTORS_PER_THREAD = 2
 # them, one up to LONG columns half, since what a thread does once a row costs as much as some 20 columns.
 THREADS = 512
 LONG = 1 << 15
+MAX_REGISTERS = 128  # of a thread, with THREADS of them
 # What the rows in flight may take of the cache, if their second read is to find them there.
 CACHE_SHARE = 0.75
 # Fewer programs than that, of those that fill the GPU, cost more than the reads they save.
@@ -71,19 +74,24 @@ def _gpu(device: int) -> Gpu:
     return Gpu(target.arch, target.warp_size, properties.multi_processor_count, cache)
 
 
-def launch_options(gpu: Gpu, columns: int, vec: int, heavy: bool = False) -> dict[str, Any]:
-    """BLOCK and warps for rows, or slices of rows, of so many ``columns``; a vector has ``vec``.
+def is_heavy(gpu: Gpu, mix: Mix, peel: bool) -> bool:
+    """Whether the row kernel spills at MAX_REGISTERS: a true mixture whose rows are unaligned, or on Blackwell."""
+    return mix == Mix.BOTH and (peel or (gpu.is_nvidia and gpu.arch >= 100))
 
-    Heavy is what takes more registers than the most threads have.
-    """
+
+def launch_options(gpu: Gpu, columns: int, vec: int, heavy: bool = False) -> dict[str, Any]:
+    """BLOCK and warps for rows, or slices of rows, of so many ``columns``; a vector has ``vec``."""
     most = THREADS if columns > LONG and not heavy else THREADS // 2
     threads = min(most, max(32, triton.next_power_of_2(columns) // (vec * VECTORS_PER_THREAD)))
-    # FP fusion is asked for because its default changes between versions of Triton.
-    return {
+    # FP fusion is asked for because its default changes between versions of Triton, and registers because ptxas may be
+    # content with half of those that there are, and spill.
+    options = {
         "BLOCK": threads * vec * VECTORS_PER_THREAD,
         "num_warps": max(1, threads // gpu.lanes),
         "enable_fp_fusion": True,
     }
+    registers = 2 * MAX_REGISTERS - 1 if heavy else MAX_REGISTERS
+    return options | ({"maxnreg": registers} if gpu.is_nvidia and (heavy or threads == THREADS) else {})
 
 
 def programs_of(gpu: Gpu, rows: int, row_bytes: int, warps: int) -> int:

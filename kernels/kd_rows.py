@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 
 from fastkd import _request
-from fastkd._request import Mix, Rows, RowSpec
+from fastkd._request import Rows, RowSpec
 from fastkd.kernels.config import (
     MAX_SLICES,
     alignment,
     device_of,
     gpu_of,
+    is_heavy,
     launch_options,
     programs_of,
     row_strides,
@@ -442,10 +443,6 @@ def slice_gradient_kernel(
             zero_columns(dz_ptr + head, n, columns, BLOCK)
 
 
-def is_heavy(mix: int, peel: bool | int) -> bool:
-    return mix == Mix.BOTH and bool(peel)
-
-
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     """Losses and statistics, and the gradient if ``grad`` is given, whose dtype is its own; without ``hard`` the
     gradient from statistics."""
@@ -468,7 +465,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     inputs = (inner, *row_strides(z), *row_strides(u))
     with device_of(z):
         if hard is not None and slices == 1:
-            options = launch_options(gpu, columns, tiles["VEC"], heavy=is_heavy(mix, tiles["PEEL"]))
+            options = launch_options(gpu, columns, tiles["VEC"], is_heavy(gpu, mix, tiles["PEEL"]))
             row_bytes = columns * (z.element_size() + (0 if u is None else u.element_size()))
             kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"]),)](
                 z, u, y, hard_scale, soft_scale, hard, soft, stats, grad,

@@ -352,7 +352,7 @@ def slice_gradient(
         power_scale = hard_scale * tl.exp2((POWER * log_s - log_h) * LOG2_E)
         # What is proportional to a probability takes its exponent in one fused step, whose constant is rounded, and the
         # rounding's inverse into its factors.
-        PRODUCTS: tl.constexpr = MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION and FORM == FAR
+        PRODUCTS: tl.constexpr = (MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION) and FORM == FAR
         if PRODUCTS:
             s_at, of_s = rounded_normaliser(z_shift, log_s, k)
             t_at, of_t = rounded_normaliser(u_shift, log_t, k)

@@ -135,7 +135,10 @@ def mix_of(member: Divergence) -> Mix:
 def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], target: GPUTarget) -> Any:
     gpu = config.Gpu(target.arch, target.warp_size, 1, 1)
     options = config.launch_options(
-        gpu, LARGE, constants["VEC"], kernel is kd_rows_kernel and is_heavy(constants["MIX"], constants["PEEL"])
+        gpu,
+        LARGE,
+        constants["VEC"],
+        kernel is kd_rows_kernel and config.is_heavy(gpu, constants["MIX"], constants["PEEL"]),
     )
     constants = constants | {"BLOCK": options.pop("BLOCK")}
     if "FAST_LOG" in kernel.arg_names:
@@ -161,8 +164,8 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         return {
             "spills": spills,
             "registers": registers,
-            "loads_16": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
-            "stores_16": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+            "loads_16": len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text)),
+            "stores_16": len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", text)),
         }
     usage = cuobjdump(compiled, "--dump-resource-usage")
     text = compiled.asm["ptx"]

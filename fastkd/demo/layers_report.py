@@ -42,21 +42,16 @@ def announce(console: Console, name: str, run: Run) -> None:
 
 
 def table(task: Task, comparison: Comparison) -> Table:
-    half, end = task.student.steps // 2, task.student.steps
-    table = Table(box=box.SIMPLE)
+    steps = (task.student.steps // 2, task.student.steps)
+    table = Table(box=box.SIMPLE, title="Held-out loss, nats per token", title_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in (
-        "At the start\nnats/token",
-        f"After {half} steps\nnats/token",
-        f"After {end} steps\nnats/token",
-        "A run\ns",
-    ):
+    for heading in (*(f"{step} steps" for step in steps), "s a run"):
         table.add_column(heading, justify="right", no_wrap=True)
     teacher = comparison.teacher
-    table.add_row("Teacher", f"{teacher.held_out[0]:.3f}", "", f"{teacher.final:.3f}", f"{teacher.seconds:.0f}")
+    table.add_row(f"Teacher, {task.teacher.steps} steps", "", f"{teacher.final:.3f}", f"{teacher.seconds:.0f}")
     for method, runs in comparison.students.items():
-        cells = (spread([run.held_out[step] for run in runs]) for step in (0, nearest(runs[0], half), end))
-        table.add_row(f"Student, {method}", *cells, f"{mean(run.seconds for run in runs):.0f}")
+        cells = (spread([run.held_out[nearest(run, step)] for run in runs]) for step in steps)
+        table.add_row(method, *cells, f"{mean(run.seconds for run in runs):.0f}")
     return table
 
 

@@ -328,12 +328,12 @@ def slice_sums_kernel(
         return
     slices = tl.num_programs(1)
     inv_t = 1.0 / temperature
-    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, z_y = merged_state(
+    z_peak, u_peak, _, sum_s, sum_t, moment, mean_z, _, _ = merged_state(
         states_ptr, row, slices, inv_t * LOG2_E, FORMULA, MOMENT, False, False, True, MAX
     )
     z_shift, u_shift, log_s, log_t = normalisers(z_peak, u_peak, sum_s, sum_t, True)
     if MIX != MIX_BOTH and FORMULA != TOTAL_VARIATION:
-        soft, grad_sum, has_digits = from_moment(
+        _, _, has_digits = from_moment(
             z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_t, inv_t, c_t, c_s, FORMULA, MOMENT
         )
         if has_digits:
@@ -474,7 +474,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             )  # fmt: skip
             return
         grid = (count, slices)
-        options = launch_options(gpu, width, tiles["VEC"])
+        options = launch_options(gpu, width, tiles["VEC"], heavy=slices > 1)  # few programs, with room for registers
         states = sums = None
         if hard is not None:
             states = torch.empty(count, slices, STATE.value, device=z.device)

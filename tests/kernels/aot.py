@@ -28,7 +28,6 @@ from fastkd.divergences import JSD, NAMED, Divergence
 from fastkd.kernels import config, log_softmax
 from fastkd.kernels.divergence import moment_rule
 from fastkd.kernels.kd_rows import (
-    is_heavy,
     kd_rows_kernel,
     slice_gradient_kernel,
     slice_state_kernel,
@@ -134,12 +133,9 @@ def mix_of(member: Divergence) -> Mix:
 
 def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], target: GPUTarget) -> Any:
     gpu = config.Gpu(target.arch, target.warp_size, 1, 1)
-    options = config.launch_options(
-        gpu,
-        LARGE,
-        constants["VEC"],
-        kernel is kd_rows_kernel and config.is_heavy(gpu, constants["MIX"], constants["PEEL"]),
-    )
+    whole = kernel is kd_rows_kernel and config.is_heavy(gpu, constants["MIX"], constants["PEEL"])
+    in_slices = kernel in KERNELS.values() and "states_ptr" not in constants
+    options = config.launch_options(gpu, LARGE, constants["VEC"], heavy=whole or in_slices)
     constants = constants | {"BLOCK": options.pop("BLOCK")}
     if "FAST_LOG" in kernel.arg_names:
         constants["FAST_LOG"] = gpu.is_nvidia

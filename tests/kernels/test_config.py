@@ -39,8 +39,15 @@ def test_alignment(matrices: list[torch.Tensor | None], vec: int, peel: bool) ->
 
 @pytest.mark.parametrize(
     ("columns", "vec", "block", "threads"),
-    [(1, 8, 512, 32), (512, 8, 512, 32), (513, 8, 1024, 64), (32000, 8, 4096, 256), (128256, 8, 8192, 512)]
-    + [(32000, 4, 2048, 256), (128256, 4, 4096, 512)],
+    [
+        (1, 8, 512, 32),
+        (512, 8, 512, 32),
+        (513, 8, 1024, 64),
+        (32000, 8, 4096, 256),
+        (128256, 8, 8192, 512),
+        (32000, 4, 2048, 256),
+        (128256, 4, 4096, 512),
+    ],
 )
 def test_tiles(columns: int, vec: int, block: int, threads: int) -> None:
     """Two vectors a thread, whatever a warp is, as far as a tile has them."""

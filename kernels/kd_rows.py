@@ -474,7 +474,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             )  # fmt: skip
             return
         grid = (count, slices)
-        options = launch_options(gpu, width, tiles["VEC"])
+        options = launch_options(gpu, width, tiles["VEC"], heavy=slices > 1)  # few programs, with room for registers
         states = sums = None
         if hard is not None:
             states = torch.empty(count, slices, STATE.value, device=z.device)

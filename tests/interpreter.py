@@ -1,7 +1,8 @@
-"""Triton's interpreter, with bfloat16 and fused products rounded as every GPU rounds them.
+"""Triton's interpreter, with bfloat16, fused products and minima as every GPU has them.
 
 The interpreter of Triton 3.9 truncates float32 to bfloat16 (relative error of a gradient 3.3e-3, to nearest 1.7e-3),
-and the tolerance is that of rounding to nearest. That of 3.6 rounds the product of ``fma``, which no GPU does.
+and the tolerance is that of rounding to nearest. That of 3.6 rounds the product of ``fma`` and gives the NaN of a
+minimum or maximum with a number, which no GPU does.
 """
 
 from __future__ import annotations
@@ -35,4 +36,7 @@ def round_to_nearest() -> None:
         return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
 
     interpreter._convert_float = convert_float
-    interpreter.InterpreterBuilder.create_fma = fma
+    builder = interpreter.InterpreterBuilder
+    builder.create_fma = fma
+    builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)

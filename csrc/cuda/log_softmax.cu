@@ -25,9 +25,9 @@ std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queu
     LogSoftmaxParams p = params;
     void* arguments[] = {&p};
     const bool backward = p.dy.data != nullptr;
-    const auto run = [&](const char* name, auto resident, auto streaming, int columns) {
+    const auto run = [&](const char* name, auto resident, auto streaming, int64_t vectors) {
         const Kernels kernels = {reinterpret_cast<const void*>(resident), reinterpret_cast<const void*>(streaming)};
-        return launch(name, kernels, p.columns / columns + 2, 1, p.rows, p.columns, arguments, queue);
+        return launch(name, kernels, vectors, 1, p.rows, p.columns, arguments, queue);
     };
     return with_type(p.x.dtype, [&](auto x) {
         return with_type(backward ? p.dy.dtype : p.out.dtype, [&](auto other) {
@@ -35,9 +35,9 @@ std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queu
             using Out = decltype(other);
             if (backward)
                 return run("log_softmax_backward", log_softmax_backward_kernel<T, Out, true>,
-                           log_softmax_backward_kernel<T, Out, false>, Vec<Out>::kColumns);
+                           log_softmax_backward_kernel<T, Out, false>, max_vectors<Out>(p.columns));
             return run("log_softmax", log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>,
-                       Vec<T>::kColumns);
+                       max_vectors<T>(p.columns));
         });
     });
 }

@@ -19,18 +19,22 @@ FASTKD_D float warp_sum(float x) {
 
 FASTKD_D bool in_first_warp() { return thread_rank() < kWarp; }
 
-// A block's part of the reductions of its cluster. State is a struct of floats; by default it has seen nothing.
+// The states of the warps of a block and of the blocks of a cluster. A State is a struct of floats that, by default, has
+// seen nothing; here it lies as its bytes, since shared memory has no constructors.
 //
-// Each warp leaves its state in ``warps``; the first warp merges these, stores the block's to every block of the
+// Each warp leaves its state in ``warps``. The first warp merges these, stores the block's state to every block of the
 // cluster, itself included, and merges what came. Stores complete on the receiver's barrier, so nobody waits for a
 // cluster. The turn of a reduction chooses between two sets of places: a block that is one ahead writes to the other
 // set, and none can be two ahead, since the reduction between needs the state of all.
 template <class State>
 struct Exchange {
     static constexpr int kValues = static_cast<int>(sizeof(State) / sizeof(float));
+    struct alignas(16) Place {
+        float values[kValues];
+    };
 
-    State warps[kMaxWarps];
-    State blocks[2][kMaxCluster];
+    Place warps[kMaxWarps];
+    Place blocks[2][kMaxCluster];
     Barrier barriers[2];
 
     // By one thread, before the barrier of the kernel's start.
@@ -38,28 +42,34 @@ struct Exchange {
         for (Barrier& barrier : barriers) barrier_init(&barrier, 1);
     }
 
-    // merge(state) merges the lanes of a warp, in every lane. The first warp returns the whole row's state; the other
-    // warps, which return before, then wait for what it makes of it. Every thread of the cluster calls it.
+    // merge(state) merges the lanes of a warp, in every lane. The first warp returns the whole row's state; the others
+    // return before, and wait for what it makes of it. Every thread of the cluster calls this.
     template <class Merge>
     FASTKD_D State reduce(State state, int turn, Merge&& merge) {
-        const int lane = thread_rank() % kWarp, cluster = cluster_size();
+        const int lane = thread_rank() % kWarp, size = cluster_size();
         state = merge(state);
-        if (lane == 0) warps[thread_rank() / kWarp] = state;
+        if (lane == 0) memcpy(&warps[thread_rank() / kWarp], &state, sizeof(State));
         block_barrier();
         if (!in_first_warp()) return state;
-        state = merge(lane < block_threads() / kWarp ? warps[lane] : State());
-        if (!kHasClusters || cluster == 1) return state;
-        State* places = blocks[turn % 2];
+        state = merge(state_in(warps, lane, block_threads() / kWarp));
+        if (!kHasClusters || size == 1) return state;
+        Place* places = blocks[turn % 2];
         Barrier* barrier = &barriers[turn % 2];
-        if (lane == 0) barrier_expect(barrier, cluster * static_cast<int>(sizeof(State)));
-        if (lane < cluster) {
-            float values[kValues];
-            memcpy(values, &state, sizeof(State));
-            float* place = reinterpret_cast<float*>(&places[cluster_rank()]);
-            for (int i = 0; i < kValues; ++i) store_async(place + i, lane, values[i], barrier);
+        if (lane == 0) barrier_expect(barrier, size * static_cast<int>(sizeof(State)));
+        if (lane < size) {
+            Place own;
+            memcpy(&own, &state, sizeof(State));
+            for (int i = 0; i < kValues; ++i) store_async(&places[cluster_rank()].values[i], lane, own.values[i], barrier);
         }
         barrier_wait(barrier, turn / 2 % 2);
-        return merge(lane < cluster ? places[lane] : State());
+        return merge(state_in(places, lane, size));
+    }
+
+private:
+    static FASTKD_D State state_in(const Place* places, int lane, int count) {
+        State state;
+        if (lane < count) memcpy(&state, &places[lane], sizeof(State));
+        return state;
     }
 };
 

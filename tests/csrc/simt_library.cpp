@@ -10,16 +10,17 @@ namespace {
 struct Grid {
     int cluster, threads;
     bool resident;
-    int64_t rows;
+    int clusters;
     size_t shared;
 };
 
 template <class Resident, class Streaming, class... Arguments>
 void launch(const Grid& grid, Resident resident, Streaming streaming, const Arguments&... arguments) {
+    // Fewer clusters than rows, which each then walk.
     if (grid.resident) {
-        simt::launch(resident, grid.rows, grid.cluster, grid.threads, grid.shared, arguments...);
+        simt::launch(resident, grid.clusters, grid.cluster, grid.threads, grid.shared, arguments...);
     } else {
-        simt::launch(streaming, grid.rows, grid.cluster, grid.threads, 0, arguments...);
+        simt::launch(streaming, grid.clusters, grid.cluster, grid.threads, 0, arguments...);
     }
 }
 
@@ -33,8 +34,8 @@ size_t shared_bytes(int64_t columns) { return static_cast<size_t>(columns + 16) 
 
 }  // namespace
 
-extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->n)};
+extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident, int clusters) {
+    const Grid grid{cluster, threads, resident, clusters, shared_bytes(p->n)};
     const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
     with_type(p->z.dtype, [&](auto element) {
         using T = decltype(element);
@@ -52,7 +53,7 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
 }
 
 extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->columns)};
+    const Grid grid{cluster, threads, resident, static_cast<int>(p->rows), shared_bytes(p->columns)};
     const bool backward = p->dy.data != nullptr;
     with_type(p->x.dtype, [&](auto x) {
         with_type(backward ? p->dy.dtype : p->out.dtype, [&](auto other) {
@@ -68,5 +69,5 @@ extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int thr
 }
 
 extern "C" void simt_scale(const ScaleParams* p, const float* scalar, int threads) {
-    with_type(p->x.dtype, [&](auto x) { simt::launch(scale_kernel<decltype(x)>, p->rows, 1, threads, 0, *p, scalar); });
+    with_type(p->x.dtype, [&](auto x) { simt::launch(scale_kernel<decltype(x)>, static_cast<int>(p->rows), 1, threads, 0, *p, scalar); });
 }

@@ -1,0 +1,191 @@
+// The divergences of a row that is far from convergence, from the exponentials of stage 1 as they are: no column is
+// normalised, all that is the same in a row is folded into its coefficients.
+//
+// Math    s = 2^x, t = 2^y as in stage 1, p_s = s·student, p_t = t·teacher, e = y − x, log₂ p_t/p_s = e − log_ratio.
+//         factor·(g − p_s·G) + constant·s = s·coefficient(x, y, s), less c.other·t if kTeacher, with g in the form that
+//         has its digits where the distributions are far apart:
+//         forward KL, cross-entropy  g = −c_t·p_t, G = −c_t
+//         reverse KL                 g = −c_s·p_s·d, G = c_s·S
+//         mixtures  g = p_s·(c_s·v + κ·p_t/m), v = −log(1 + q), q = r·e^d, r = w/(1−w), κ = c_s·w − c_t·(1−w)
+//         total variation            g = p_s·[p_s > p_t] or −p_s·[p_s < p_t], the side with less of p_s
+// Rules   −inf on either side is no NaN: a difference of logarithms is bounded before it meets an s of 0.
+#pragma once
+
+#include "../divergence.h"
+#include "grid.cuh"
+
+namespace fastkd {
+
+// What a row is known by after stage 1.
+struct Normalisers {
+    float student, teacher;  // 1/Σs, 1/Σt
+    float log_ratio;         // log₂ Σt/Σs
+};
+
+// base, slope and the rest mean what the divergence makes of them.
+struct Coefficients {
+    float base, slope, other, ratio;
+};
+
+// Sums of stage 2, and what follows from them.
+struct SumState {
+    float first = 0.0f, second = 0.0f, third = 0.0f;
+};
+
+struct RowSums {
+    float value, grad_sum, form;
+};
+
+constexpr float kBound = 1e30f;
+
+template <class Functor>
+struct Linear;
+
+template <class Functor>
+struct LinearForward {
+    static constexpr bool kTeacher = true;  // dz has a term of t
+    Functor functor;
+    Coefficients c;
+
+    FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
+        c.base = constant - factor * grad_sum * row.student;
+        c.other = factor * functor.weight() * row.teacher;
+    }
+    FASTKD_D float coefficient(float, float, float) const { return c.base; }
+};
+
+template <bool kT, bool kS>
+struct Linear<MixtureKL<kT, kS, Mix::kStudent>> : LinearForward<MixtureKL<kT, kS, Mix::kStudent>> {};
+
+template <>
+struct Linear<CrossEntropy> : LinearForward<CrossEntropy> {};
+
+template <bool kT, bool kS>
+struct Linear<MixtureKL<kT, kS, Mix::kTeacher>> {
+    static constexpr bool kTeacher = false;
+    MixtureKL<kT, kS, Mix::kTeacher> functor;
+    Coefficients c;
+
+    // An infinite value has no gradient.
+    FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
+        const float scale = grad_sum == kInfinity ? 0.0f : factor * row.student;
+        const float per_bit = functor.weight() * kLn2;
+        c.slope = -scale * per_bit;
+        c.base = constant + (grad_sum == kInfinity ? 0.0f : scale * (per_bit * row.log_ratio - grad_sum));
+    }
+    FASTKD_D float coefficient(float x, float y, float) const {
+        const float e = y - x;
+        return fma(c.slope, max(-max(-e, -kBound), -kBound), c.base);
+    }
+};
+
+template <bool kT, bool kS>
+struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
+    static constexpr bool kTeacher = false;
+    MixtureKL<kT, kS, Mix::kBoth> functor;
+    Coefficients c;
+
+    FASTKD_D float odds() const { return functor.numbers.w / (1.0f - functor.numbers.w); }
+    FASTKD_D float c_t() const { return kT ? functor.numbers.c_t : 0.0f; }
+    FASTKD_D float c_s() const { return kS ? functor.numbers.c_s : 0.0f; }
+
+    // κ/w; 0 of a Jensen-Shannon divergence, but for a rounding.
+    FASTKD_D float share_weight() const {
+        const float w = functor.numbers.w;
+        if constexpr (!kS) return -c_t() * (1.0f - w) / w;
+        if constexpr (!kT) return c_s();
+        const float kappa = c_s() * w - c_t() * (1.0f - w);
+        return abs(kappa) < 1e-6f * (c_s() + c_t()) ? 0.0f : kappa / w;
+    }
+
+    // q = ratio·2^e.
+    FASTKD_D void prepare(const Normalisers& row) {
+        c.ratio = odds() * row.teacher / row.student;
+        c.other = share_weight();
+    }
+
+    // Σ s·log₂(1+q), Σ t·(e − log₂(1+q)) and Σ s·q/(1+q); t is s·2^e, so s may be next to nothing but not 0.
+    FASTKD_D void add(SumState& sums, float x, float y) const {
+        const float bounded = max(x, -100.0f);
+        const float e = max(y - bounded, -126.0f);
+        const float s = exp2(bounded), quotient = exp2(e);
+        const float over_student = fma(quotient, c.ratio, 1.0f);
+        const float log_over = log2(over_student);
+        if (kS) sums.first = fma(s, log_over, sums.first);
+        if (kT) sums.second = fma(s * quotient, e - log_over, sums.second);
+        if (has_share()) sums.third = fma(s, divide(quotient, over_student), sums.third);
+    }
+
+    FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row) const {
+        const float w = functor.numbers.w;
+        const float log_odds = log2f(odds()) - row.log_ratio;  // of q, above e
+        const float of_student = -sums.first * row.student;
+        float value = 0.0f;
+        if (kT) value += c_t() * (sums.second * row.teacher + log_odds - log2f(w));
+        if (kS) value += c_s() * (of_student - log2f(1.0f - w));
+        const float share = has_share() ? share_weight() * c.ratio * sums.third * row.student : 0.0f;
+        return {value * kLn2, c_s() * kLn2 * of_student + share, 0.0f};
+    }
+
+    FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
+        prepare(row);
+        const float scale = factor * row.student;
+        c.base = constant - scale * grad_sum;
+        c.slope = -scale * c_s() * kLn2;
+        c.other = scale * share_weight() * c.ratio;
+    }
+
+    FASTKD_D float coefficient(float x, float y, float) const {
+        const float e = -max(x - y, -100.0f);
+        const float quotient = exp2(e);
+        const float over_student = fma(quotient, c.ratio, 1.0f);
+        float sum = c.base;
+        if (kS) sum = fma(c.slope, log2(over_student), sum);
+        if (has_share()) sum = fma(c.other, divide(quotient, over_student), sum);
+        return sum;
+    }
+
+private:
+    FASTKD_D bool has_share() const { return !kT || !kS || c.other != 0.0f; }
+};
+
+template <>
+struct Linear<TotalVariation> {
+    static constexpr bool kTeacher = false;
+    TotalVariation functor;
+    Coefficients c;
+
+    FASTKD_D void prepare(const Normalisers& row) { c.ratio = row.teacher / row.student; }
+
+    // 2·Σ abs(p_s − p_t) and the student's mass on either side, in units of p_s/s.
+    FASTKD_D void add(SumState& sums, float x, float y) const {
+        const float s = exp2(x), difference = fma(-c.ratio, exp2(y), s);
+        sums.first += abs(difference);
+        difference > 0.0f ? sums.second += s : sums.third += s;
+    }
+
+    FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row) const {
+        const bool above = sums.second <= sums.third;
+        return {0.5f * sums.first * row.student, row.student * (above ? sums.second : -sums.third), above ? 0.0f : 1.0f};
+    }
+
+    FASTKD_D void fold(const Normalisers& row, float grad_sum, float form, float factor, float constant) {
+        prepare(row);
+        const float scale = factor * row.student;
+        c.slope = constant + scale * ((form == 0.0f ? 1.0f : 0.0f) - grad_sum);
+        c.base = constant + scale * ((form == 0.0f ? 0.0f : -1.0f) - grad_sum);
+    }
+
+    FASTKD_D float coefficient(float, float y, float s) const { return s > c.ratio * exp2(y) ? c.slope : c.base; }
+};
+
+template <>
+struct Linear<NoSoftTerm> {
+    static constexpr bool kTeacher = false;
+    NoSoftTerm functor;
+    Coefficients c;
+    FASTKD_D void fold(const Normalisers&, float, float, float, float constant) { c.base = constant; }
+    FASTKD_D float coefficient(float, float, float) const { return c.base; }
+};
+
+}  // namespace fastkd

@@ -1,0 +1,145 @@
+// Stage 1 of a row on a GPU: the sums of exponentials of student and teacher.
+//
+// Math    x = z·k − peak·k and y likewise of u, in units of log 2, each one FMA; s = 2^x, t = 2^y.
+//         moment  Σ t·(y − x), Σ s·(x − y), Σ t·x, as the functor's kMoment has it; entropy Σ t·y beside the last.
+//         others  Σ exp(z − peak) of the columns other than the label's, since 1 − p_y keeps its digits only as a sum of
+//                 those: Σ s² where T is 2, Σ s where T is 1
+// Rules   0·inf is 0 in a moment. The plain sums of a vector do without that rule: where they make no finite moment, or
+//         the vector holds the label, it is summed again with care. Ragged ends, −inf outside the row, are such vectors.
+#pragma once
+
+#include "../row.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace fastkd {
+
+// Where the exponents of a peak begin: rounded, and the sums are relative to what it is rounded to.
+FASTKD_D float origin_of(float peak, float k) {
+#ifdef __CUDA_ARCH__
+    return __fmul_rn(peak, k);  // never half of an FMA
+#else
+    return peak * k;
+#endif
+}
+
+// By how much the origin is above the peak.
+FASTKD_D float rounding_of(float peak, float k) { return fma(-peak, k, origin_of(peak, k)); }
+
+struct RowState {
+    float z_peak = -kInfinity, u_peak = -kInfinity;
+    float s = 0.0f, t = 0.0f, others = 0.0f, moment = 0.0f, entropy = 0.0f;
+    float z_y = 0.0f;    // of the label, where it was met
+    float sum_z = 0.0f;  // Σ z − anchor
+};
+
+// What stage 1 knows of a row.
+struct RowScale {
+    float k;              // log2(e)/T
+    bool squares, smooth; // T is 2; labels are smoothed
+    float anchor;         // z_y, for the mean of z: far from 0 a sum of z has no digits left
+    int label, n;         // label: −1 for none
+};
+
+// kPower: ``others`` comes from s, since T is 1 or 2 and nothing is smoothed.
+template <bool kSoft, bool kPower, Moment kMoment>
+struct Stage1 {
+    static constexpr bool kEntropy = kMoment == Moment::kTeacherLog;
+
+    static FASTKD_D float moment_of(float s, float t, float x, float y) {
+        if constexpr (kMoment == Moment::kTeacherRatio) return t * (y - x);
+        if constexpr (kMoment == Moment::kStudentRatio) return s * (x - y);
+        if constexpr (kMoment == Moment::kTeacherLog) return t * x;
+        return 0.0f;
+    }
+
+    // exp(z − peak) of s, where T is 1 or 2.
+    static FASTKD_D float power(float s, const RowScale& row) { return row.squares ? s * s : s; }
+
+    // Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
+    static FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowScale& row) {
+        const float x = origin_of(state.z_peak, row.k) - origin_of(shift_of(z_peak), row.k);
+        const float by_s = exp2(x);
+        state.others *= kPower ? power(by_s, row)
+                               : exp2(origin_of(state.z_peak, kLog2E) - origin_of(shift_of(z_peak), kLog2E));
+        state.z_peak = z_peak;
+        if constexpr (kSoft) {
+            const float y = origin_of(state.u_peak, row.k) - origin_of(shift_of(u_peak), row.k);
+            const float by_t = exp2(y);
+            constexpr bool kOfStudent = kMoment == Moment::kStudentRatio;
+            const float moved = moment_of(1.0f, 1.0f, x, y);
+            state.moment = mul0(kOfStudent ? by_s : by_t, state.moment + mul0(kOfStudent ? state.s : state.t, moved));
+            if constexpr (kEntropy) state.entropy = mul0(by_t, state.entropy + mul0(state.t, y));
+            state.t *= by_t;
+            state.u_peak = u_peak;
+        }
+        state.s *= by_s;
+    }
+
+    // Adds a vector, given peaks that are no smaller. ``first`` is its first column.
+    template <class T>
+    static FASTKD_D void add(RowState& state, const Vec<T>& z, const Vec<T>& u, int first, const RowScale& row) {
+        const float z_origin = origin_of(shift_of(state.z_peak), row.k);
+        const float u_origin = origin_of(shift_of(state.u_peak), row.k);
+        const float hard_origin = origin_of(shift_of(state.z_peak), kLog2E);
+        RowState sums;
+        const auto walk = [&](auto careful) {
+            constexpr bool kCareful = decltype(careful)::value;
+#pragma unroll
+            for (int j = 0; j < Vec<T>::kColumns; ++j) {
+                const bool apart = kCareful && first + j == row.label;
+                const float x = fma(z[j], row.k, -z_origin);
+                const float s = exp2(x);
+                sums.s += s;
+                if (apart) {
+                    sums.z_y = z[j];
+                } else if (!kPower) {
+                    sums.others += exp2(fma(z[j], kLog2E, -hard_origin));
+                } else {
+                    sums.others += kCareful ? power(s, row) : s * s;
+                }
+                if constexpr (kSoft) {
+                    const float y = fma(u[j], row.k, -u_origin);
+                    const float t = exp2(y);
+                    sums.t += t;
+                    const bool nothing = kCareful && (kMoment == Moment::kStudentRatio ? s : t) == 0.0f;
+                    if (!nothing) sums.moment += moment_of(s, t, x, y);
+                    if (kEntropy && !nothing) sums.entropy += t * y;
+                }
+                if (!kPower && row.smooth) {
+                    const bool inside = first + j >= 0 && first + j < row.n;
+                    sums.sum_z += inside ? z[j] - row.anchor : 0.0f;
+                }
+            }
+        };
+        walk(std::false_type());
+        if (kPower && !row.squares) sums.others = sums.s;
+        const bool has_label = static_cast<unsigned>(row.label - first) < static_cast<unsigned>(Vec<T>::kColumns);
+        if (has_label || !(abs(kEntropy ? sums.moment + sums.entropy : sums.moment) < kInfinity)) {
+            sums = RowState();
+            walk(std::true_type());
+            state.z_y += sums.z_y;
+        }
+        state.s += sums.s;
+        state.others += sums.others;
+        state.t += sums.t;
+        state.moment += sums.moment;
+        state.entropy += sums.entropy;
+        state.sum_z += sums.sum_z;
+    }
+
+    // Merges the states of a warp's lanes; every lane gets the result.
+    static FASTKD_D RowState merge(RowState state, const RowScale& row) {
+        rescale(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
+        state.s = warp_sum(state.s);
+        state.z_y = warp_sum(state.z_y);
+        state.others = warp_sum(state.others);
+        if constexpr (kSoft) state.t = warp_sum(state.t);
+        if constexpr (kSoft && kMoment != Moment::kNone) state.moment = warp_sum(state.moment);
+        if constexpr (kEntropy) state.entropy = warp_sum(state.entropy);
+        if constexpr (!kPower) state.sum_z = warp_sum(state.sum_z);
+        return state;
+    }
+};
+
+}  // namespace fastkd

@@ -120,7 +120,13 @@ FASTKD_HD float max(float a, float b) {
 #endif
 }
 
-FASTKD_HD float abs(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu); }
+FASTKD_HD float abs(float x) {
+#ifdef __CUDA_ARCH__
+    return fabsf(x);  // part of the operation that uses it
+#else
+    return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu);
+#endif
+}
 
 // To the nearest integer, for abs(x) < 2²²; larger ones stay, for they have no fraction worth taking off.
 FASTKD_HD float rint(float x) {

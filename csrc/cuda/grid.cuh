@@ -29,6 +29,10 @@ FASTKD_D int grid_blocks() { return static_cast<int>(gridDim.x); }
 
 FASTKD_D float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+FASTKD_D uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+FASTKD_D float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
 FASTKD_D void block_barrier() { __syncthreads(); }
 
 // Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, and where no cluster was launched.
@@ -113,9 +117,17 @@ FASTKD_D void store_async(float* local, int rank, float value, Barrier* barrier)
 #endif
 }
 
-// 16 bytes from global to shared memory, which this thread sees once it has waited.
-FASTKD_D void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+// 16 bytes from global to shared memory, if ``wanted``, which this thread sees once it has waited. A predicate, not a
+// branch.
+FASTKD_D void copy_async(void* shared, const void* global, bool wanted) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %2, 0;\n"
+        "@wanted cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "}\n" ::"r"(shared_address(shared)),
+        "l"(global), "r"(static_cast<int>(wanted))
+        : "memory");
 }
 
 FASTKD_D void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

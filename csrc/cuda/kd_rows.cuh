@@ -35,6 +35,12 @@ struct Task {
     FASTKD_D bool counts() const { return hard_scale != 0.0f || soft_scale != 0.0f; }
 };
 
+// Where a row begins, in bytes from its matrix's data: of pointers that go round a loop, the compiler would not know
+// that they are to global memory.
+struct Place {
+    int64_t z, u, dz;
+};
+
 // All that the threads of a block must know of a row, worked out by its first warp.
 struct RowNumbers {
     float z_peak, u_peak;
@@ -56,21 +62,24 @@ struct KDRow {
 
     const KDRowsParams& p;
     Linear<Functor> linear;
+    int share;  // vectors of a block
     float inv_t, k;
     bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
 
-    FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor) : p(p), linear{functor, {}} {
+    FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor, int share)
+        : p(p), linear{functor, {}}, share(share) {
         inv_t = kSoft ? 1.0f / p.temperature : 1.0f;
         k = inv_t * kLog2E;
         is_power = !p.labels || (!smooths() && (!kSoft || p.temperature == 1.0f || p.temperature == 2.0f));
     }
 
+    FASTKD_D int rows() const { return static_cast<int>(p.rows); }
     FASTKD_D bool smooths() const { return p.labels && p.smoothing > 0.0f; }
     FASTKD_D bool squares() const { return kSoft && p.temperature == 2.0f; }
 
     FASTKD_D Task fetch(int row) const {
         Task task = {row, 0.0f, 0.0f, -1};
-        if (row >= p.rows) return task;
+        if (row >= rows()) return task;
         if (kSoft) task.soft_scale = p.soft_scale[row];
         if (p.labels) {
             task.hard_scale = p.hard_scale[row];
@@ -80,42 +89,44 @@ struct KDRow {
         return task;
     }
 
-    // The start of a row of a matrix.
-    FASTKD_D char* at(const Matrix& matrix, int row) const {
-        const unsigned outer = static_cast<unsigned>(row) / static_cast<unsigned>(p.inner_rows);
-        const unsigned inner = static_cast<unsigned>(row) - outer * static_cast<unsigned>(p.inner_rows);
-        return matrix.data + (outer * matrix.outer + inner * matrix.inner) * size_of(dtype_of(matrix));
+    // The addresses of a row. Host code makes inner_rows the number of rows where the strides allow it.
+    FASTKD_D Place place(int row) const {
+        const unsigned inner_rows = static_cast<unsigned>(p.inner_rows), index = static_cast<unsigned>(row);
+        const auto at = [&](const Matrix& matrix, unsigned outer, unsigned inner) {
+            return (outer * matrix.outer + inner * matrix.inner) * size_of(dtype_of(matrix));
+        };
+        const auto all = [&](unsigned outer, unsigned inner) {
+            return Place{at(p.z, outer, inner), at(p.u, outer, inner), at(p.dz, outer, inner)};
+        };
+        return index < inner_rows ? all(0, index) : all(index / inner_rows, index % inner_rows);
     }
 
-    FASTKD_D DType dtype_of(const Matrix& matrix) const { return sizeof(T) == 2 ? p.z.dtype : matrix.dtype; }
+    FASTKD_D DType dtype_of(const Matrix& matrix) const { return sizeof(T) == 2 ? type_of<T>() : matrix.dtype; }
 
-    FASTKD_D int head(int row) const {
-        const Matrix& walked = p.dz.data ? p.dz : p.z;
-        return head_of<T>(at(walked, row), dtype_of(walked));
+    FASTKD_D int head(const Place& row) const {
+        return p.dz.data ? head_of<T>(p.dz.data + row.dz, dtype_of(p.dz)) : head_of<T>(p.z.data + row.z, dtype_of(p.z));
     }
 
-    FASTKD_D Reader open(int row) const {
+    FASTKD_D Reader open(const Place& row) const {
         const int n = static_cast<int>(p.n), before = head(row);
-        const Source<T> z(at(p.z, row), dtype_of(p.z), n, before);
-        const Source<T> u = kSoft ? Source<T>(at(p.u, row), dtype_of(p.u), n, before) : z;
-        Reader reader(z, u, share_of<T>(n), dynamic_shared());
-        if (row >= p.rows) reader.direct_end = 0;  // nothing to copy
-        return reader;
+        const Source<T> z(p.z.data + row.z, dtype_of(p.z), n, before);
+        const Source<T> u = kSoft ? Source<T>(p.u.data + row.u, dtype_of(p.u), n, before) : z;
+        return Reader(z, u, share, dynamic_shared());
     }
 
     // Zeros in the columns from ``first`` on: those past the vocabulary, or all of a row that does not count.
-    FASTKD_D void clear(int row, int64_t first) const {
+    FASTKD_D void clear(const Place& place, int64_t first) const {
         if (!p.dz.data || first == p.columns) return;
         const int64_t size = size_of(dtype_of(p.dz));
-        char* const data = at(p.dz, row);
+        char* const data = p.dz.data + place.dz;
         store_zeros(data + first * size, data + p.columns * size, cluster_rank() * block_threads() + thread_rank(),
                     cluster_size() * block_threads());
     }
 
     // The next row from this one on that counts. Those that do not are not read.
     FASTKD_D Task next_that_counts(Task task, int step) const {
-        while (task.row < p.rows && !task.counts()) {
-            clear(task.row, 0);
+        while (task.row < rows() && !task.counts()) {
+            clear(place(task.row), 0);
             if (is_first() && !p.from_stats) p.hard[task.row] = p.soft[task.row] = 0.0f;
             task = fetch(task.row + step);
         }
@@ -138,24 +149,40 @@ struct KDRow {
         RowState state;
         Peak<T> z_peak, u_peak;
         if constexpr (kResident) {
-#pragma unroll 2
-            for (int slot = thread_rank(); slot < reader.count; slot += block_threads()) {
-                z_peak.include(reader.x_kept[slot]);
-                if (kSoft) u_peak.include(reader.y_kept[slot]);
-            }
-            state.z_peak = z_peak.value();
-            state.u_peak = kSoft ? u_peak.value() : 0.0f;
+            reader.for_kept([&](int place) {
+                z_peak.include(reader.kept_at(place));
+                if (kSoft) u_peak.include(reader.kept_at(place + kWarp));
+            });
+            const Peaks peaks = warp_peaks(z_peak, u_peak);
+            state.z_peak = peaks.x, state.u_peak = peaks.y;
         }
-        reader.template for_each<false>([&](int slot, const Vec<T>& z, const Vec<T>& u) {
+        const auto add = [&](auto careful, int slot, int place) {
+            const Vec<T> z = reader.x_at(slot, place), u = kSoft ? reader.y_at(slot, place) : z;
             if constexpr (!kResident) {
                 z_peak.include(z);
                 if (kSoft) u_peak.include(u);
                 const float z_now = z_peak.value(), u_now = kSoft ? u_peak.value() : 0.0f;
                 if (z_now > state.z_peak || (kSoft && u_now > state.u_peak)) Sums::rescale(state, z_now, u_now, row);
             }
-            Sums::add(state, z, u, reader.column(slot), row);
+            Sums::template add<decltype(careful)::value>(state, z, u, reader.column(slot), row);
+        };
+        const int label_slot = reader.slot_of(row.label);
+        reader.template for_main<false>(reader.is_ragged_at_0(), label_slot, [&](int slot, int place) {
+            add(std::false_type(), slot, place);
         });
-        return exchange.reduce(state, turn, [&](const RowState& lane) { return Sums::merge(lane, row); });
+        reader.for_special(reader.is_ragged_at_0(), label_slot, [&](int slot) {
+            if (slot < reader.count) add(std::true_type(), slot, reader.place_of(slot));
+        });
+        if (!Sums::is_finite(state)) {
+            RowState again;
+            again.z_peak = state.z_peak, again.u_peak = state.u_peak;
+            state = again;
+            reader.template for_each<false>([&](int slot) { add(std::true_type(), slot, reader.place_of(slot)); });
+        }
+        Sums::finish(state, row);
+        state.z_y = shuffle(state.z_y, label_slot & (kWarp - 1));  // of another warp's label it is 0
+        state = Sums::template merge<kResident>(state, row);
+        return exchange.reduce(state, turn, [&](const RowState& lane) { return Sums::merge_warps(lane, row); });
     }
 
     // The normalisers and, where stage 1 gives them, S and G.
@@ -200,14 +227,12 @@ struct KDRow {
         linear.prepare(row.sums);
         const float z_origin = origin_of(row.z_peak, k), u_origin = origin_of(row.u_peak, k);
         SumState sums;
-        reader.template for_each<true>([&](int, const Vec<T>& z, const Vec<T>& u) {
-            SumState of_vector;
+        reader.template for_each<true>([&](int slot) {
+            const Vec<T> z = reader.x_at(slot), u = reader.y_at(slot);
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j)
-                linear.add(of_vector, fma(z[j], k, -z_origin), fma(u[j], k, -u_origin));
-            sums = sum(sums, of_vector);
+            for (int j = 0; j < kColumns; ++j) linear.add(sums, fma(z[j], k, -z_origin), fma(u[j], k, -u_origin));
         });
-        return exchange.reduce(sums, turn, [](const SumState& lane) { return merge(lane); });
+        return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
     }
 
     FASTKD_D RowNumbers with_sums(RowNumbers row, const SumState& sums) {
@@ -222,7 +247,8 @@ struct KDRow {
     FASTKD_D SumState exact_stage2(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange,
                                    int turn) const {
         SumState sums;
-        reader.template for_each<true>([&](int, const Vec<T>& z, const Vec<T>& u) {
+        reader.template for_each<true>([&](int slot) {
+            const Vec<T> z = reader.x_at(slot), u = reader.y_at(slot);
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
                 float p_s;
@@ -231,17 +257,13 @@ struct KDRow {
                 sums.second += column.g;
             }
         });
-        return exchange.reduce(sums, turn, [](const SumState& lane) { return merge(lane); });
+        return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
     }
 
     FASTKD_D RowNumbers with_exact_sums(RowNumbers row, const SumState& sums) const {
         row.soft = sums.first, row.grad_sum = sums.second, row.form = 1.0f;
         row.again = false;
         return row;
-    }
-
-    static FASTKD_D SumState sum(const SumState& a, const SumState& b) {
-        return {a.first + b.first, a.second + b.second, a.third + b.third};
     }
 
     static FASTKD_D SumState merge(const SumState& lane) {
@@ -274,19 +296,21 @@ struct KDRow {
 
     FASTKD_D float uniform() const { return smooths() ? p.smoothing / static_cast<float>(p.n) : 0.0f; }
 
-    FASTKD_D void stage3(const Reader& reader, const Reader& next, const RowNumbers& row, const Task& task) {
+    FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
+                         const Place& place) {
         if (kSoft && Functor::kExactDiffers && row.form != 0.0f) {
-            stage3<false, true>(reader, next, row, task);
+            stage3<false, true>(reader, next, has_next, row, task, place);
         } else if (is_power) {
-            stage3<true, false>(reader, next, row, task);
+            stage3<true, false>(reader, next, has_next, row, task, place);
         } else {
-            stage3<false, false>(reader, next, row, task);
+            stage3<false, false>(reader, next, has_next, row, task, place);
         }
     }
 
     // kNear: g in the form that has its digits near convergence, else that of linear.cuh.
     template <bool kPower, bool kNear>
-    FASTKD_D void stage3(const Reader& reader, const Reader& next, const RowNumbers& row, const Task& task) {
+    FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
+                         const Place& place) {
         const float z_origin = origin_of(row.z_peak, k), u_origin = kSoft ? origin_of(row.u_peak, k) : 0.0f;
         const float hard_origin = origin_of(row.z_peak, kLog2E), even = task.hard_scale * uniform();
         const float factor = task.soft_scale * inv_t;
@@ -305,17 +329,18 @@ struct KDRow {
         };
         linear.c = row.soft_term;
         const float square = row.square;
-        const Sink<T> dz_row{at(p.dz, task.row), dtype_of(p.dz), static_cast<int>(p.n), head(task.row)};
-        reader.template for_each<true>([&](int slot, const Vec<T>& z, const Vec<T>& u) {
-            const int first = reader.column(slot);
+        const Sink<T> dz_row{p.dz.data + place.dz, dtype_of(p.dz), static_cast<int>(p.n), reader.x.head};
+        const auto gradient = [&](auto special, int slot, int place) {
+            constexpr bool kSpecial = decltype(special)::value;
+            const Vec<T> z = reader.x_at(slot, place), u = kSoft ? reader.y_at(slot, place) : z;
+            const int first = reader.column(slot), apart = task.label - first;
             float dz[kColumns];
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
                 dz[j] = tempered(linear, square, z[j], u[j]);
                 if (!kPower) dz[j] += fma(row.hard_factor, exp2(fma(z[j], kLog2E, -hard_origin)), -even);
             }
-            const int apart = task.label - first;
-            if (static_cast<unsigned>(apart) < static_cast<unsigned>(kColumns)) {
+            if (kSpecial && static_cast<unsigned>(apart) < static_cast<unsigned>(kColumns)) {
                 float z_y = 0.0f, u_y = 0.0f;
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) {
@@ -327,9 +352,20 @@ struct KDRow {
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) dz[j] = j == apart ? dz_y : dz[j];
             }
-            dz_row.store(first, dz);
-            if constexpr (kResident) next.copy(slot);
+            dz_row.template store<!kSpecial>(first, dz);
+        };
+        const bool refill = kResident && next.direct && has_next;
+        const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
+        const int label_slot = reader.slot_of(task.label);
+        reader.template for_main<true>(special_0, label_slot, [&](int slot, int place) {
+            gradient(std::false_type(), slot, place);
+            if constexpr (kResident) next.copy(slot, place, refill);
         });
+        reader.for_special(special_0, label_slot, [&](int slot) {
+            if (slot < reader.count) gradient(std::true_type(), slot, reader.place_of(slot));
+            if (refill && slot < next.count) next.fill(slot);
+        });
+        if (kResident && has_next && !refill) next.start();
     }
 
     // ---- A row
@@ -365,12 +401,12 @@ struct KDRow {
 };
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const Functor functor) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const Functor functor, int share) {
     FASTKD_SHARED(Exchange<RowState>, state_exchange);
     FASTKD_SHARED(Exchange<SumState>, sum_exchange);
     FASTKD_SHARED(RowNumbers, numbers);
     using Kernel = KDRow<T, Functor, kSoft, kResident>;
-    Kernel kernel(p, functor);
+    Kernel kernel(p, functor, share);
 
     if (thread_rank() == 0) {
         state_exchange.init();
@@ -379,12 +415,13 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
     cluster_arrive();
     const int step = grid_blocks() / cluster_size();
     Task task = kernel.next_that_counts(kernel.fetch(block_rank() / cluster_size()), step);
-    auto reader = kernel.open(task.row);
-    if (task.row < p.rows) reader.start(false);
+    Place place = kernel.place(task.row);
+    auto reader = kernel.open(place);
+    if (task.row < kernel.rows()) reader.start();
     cluster_wait();
 
     // What the first warp works out becomes everyone's.
-    const auto share = [&](const Task& task, auto&& work) {
+    const auto publish = [&](const Task& task, auto&& work) {
         if (in_first_warp()) {
             RowNumbers row = work();
             kernel.fold(row, task);
@@ -392,33 +429,35 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
         }
         block_barrier();
     };
-    for (int state_turn = 0, sum_turn = 0; task.row < p.rows;) {
+    for (int state_turn = 0, sum_turn = 0; task.row < kernel.rows();) {
         Task next = kernel.fetch(task.row + step);
         if (p.from_stats) {
             block_barrier();
-            share(task, [&] { return kernel.from_stats(p.stats + static_cast<int64_t>(task.row) * kNumStats); });
+            publish(task, [&] { return kernel.from_stats(p.stats + static_cast<int64_t>(task.row) * kNumStats); });
         } else {
             copy_async_wait();
             const RowState state = kernel.stage1(reader, task, state_exchange, state_turn++);
-            share(task, [&] { return kernel.normalise(state, task); });
+            publish(task, [&] { return kernel.normalise(state, task); });
             if constexpr (Kernel::kSummed) {
                 const SumState sums = kernel.stage2(reader, numbers, sum_exchange, sum_turn++);
-                share(task, [&] { return kernel.with_sums(numbers, sums); });
+                publish(task, [&] { return kernel.with_sums(numbers, sums); });
             }
             if (Functor::kExactDiffers && numbers.again) {
                 const SumState sums = kernel.exact_stage2(reader, numbers, sum_exchange, sum_turn++);
-                share(task, [&] { return kernel.with_exact_sums(numbers, sums); });
+                publish(task, [&] { return kernel.with_exact_sums(numbers, sums); });
             }
             if (kernel.is_first()) kernel.write(numbers, task.row);
         }
         next = kernel.next_that_counts(next, step);
-        const auto next_reader = kernel.open(next.row);
+        const Place next_place = kernel.place(next.row);
+        const auto next_reader = kernel.open(next_place);
         if (p.dz.data) {
-            kernel.stage3(reader, next_reader, numbers, task);
-            kernel.clear(task.row, p.n);
+            kernel.stage3(reader, next_reader, next.row < kernel.rows(), numbers, task, place);
+            kernel.clear(place, p.n);
+        } else if (next.row < kernel.rows()) {
+            next_reader.start();
         }
-        if (next.row < p.rows) next_reader.start(p.dz.data != nullptr);
-        task = next;
+        task = next, place = next_place;
         reader = next_reader;
     }
 }

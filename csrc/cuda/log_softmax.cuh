@@ -28,7 +28,7 @@ struct PeakSum {
 // What a reduction gives its first warp, for all.
 template <class State, class Merge>
 FASTKD_D State reduce_for_all(Exchange<State>& exchange, State state, Merge&& merge) {
-    state = exchange.reduce(state, 0, merge);
+    state = exchange.reduce(merge(state), 0, merge);
     if (thread_rank() == 0) memcpy(&exchange.warps[0], &state, sizeof(State));
     block_barrier();
     memcpy(&state, &exchange.warps[0], sizeof(State));
@@ -36,7 +36,7 @@ FASTKD_D State reduce_for_all(Exchange<State>& exchange, State state, Merge&& me
 }
 
 template <class T, class Out, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p, int share) {
     FASTKD_SHARED(Exchange<PeakSum>, exchange);
     constexpr int kColumns = Vec<T>::kColumns;
     if (thread_rank() == 0) exchange.init();
@@ -46,14 +46,15 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p)
     const int head = head_of<kColumns>(out_data);
     const Row<Out, kColumns> out_row(out_data, n, head);
     const Source<T> x_row(p.x.row(index, p.inner_rows), type_of<T>(), n, head);
-    const RowReader<T, false, kResident> reader(x_row, x_row, share_of<T>(n), dynamic_shared());
-    reader.start(false);
+    const RowReader<T, false, kResident> reader(x_row, x_row, share, dynamic_shared());
+    reader.start();
     const float inv_t = 1.0f / p.temperature, k = inv_t * kLog2E;
     cluster_wait();
     copy_async_wait();
 
     PeakSum state;
-    reader.template for_each<false>([&](int, const Vec<T>& x, const Vec<T>&) {
+    reader.template for_each<false>([&](int slot) {
+        const Vec<T> x = reader.x_at(slot);
         float peak = state.peak;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) peak = max(x[j], peak);
@@ -68,7 +69,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p)
     });
     const float shift = shift_of(state.peak), log_sum = log2f(state.sum) * kLn2;
 
-    reader.template for_each<true>([&](int slot, const Vec<T>& x, const Vec<T>&) {
+    reader.template for_each<true>([&](int slot) {
+        const Vec<T> x = reader.x_at(slot);
         float out[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) out[j] = (x[j] - shift) * inv_t - log_sum;
@@ -85,7 +87,7 @@ struct Sum {
 };
 
 template <class T, class Out, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmaxParams p) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmaxParams p, int share) {
     FASTKD_SHARED(Exchange<Sum>, exchange);
     constexpr int kColumns = Vec<Out>::kColumns;
     if (thread_rank() == 0) exchange.init();
@@ -96,22 +98,24 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmax
     const Row<T, kColumns> dx_row(dx_data, n, head);
     const Row<const T, kColumns> x_row(reinterpret_cast<const T*>(p.x.row(index, p.inner_rows)), n, head);
     const Source<Out> dy_row(p.dy.row(index, p.inner_rows), type_of<Out>(), n, head);
-    const RowReader<Out, false, kResident> reader(dy_row, dy_row, share_of<Out>(n), dynamic_shared());
-    reader.start(false);
+    const RowReader<Out, false, kResident> reader(dy_row, dy_row, share, dynamic_shared());
+    reader.start();
     const float inv_t = 1.0f / p.temperature, k = inv_t * kLog2E;
     const float shift = p.lse[2 * index], log2_sum = p.lse[2 * index + 1] * kLog2E;
     cluster_wait();
     copy_async_wait();
 
     Sum state;
-    reader.template for_each<false>([&](int slot, const Vec<Out>& dy, const Vec<Out>&) {
+    reader.template for_each<false>([&](int slot) {
+        const Vec<Out> dy = reader.x_at(slot);
         const int first = reader.column(slot);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) state.sum += first + j >= 0 && first + j < n ? dy[j] : 0.0f;
     });
     state = reduce_for_all(exchange, state, [](const Sum& lane) { return Sum{warp_sum(lane.sum)}; });
 
-    reader.template for_each<true>([&](int slot, const Vec<Out>& dy, const Vec<Out>&) {
+    reader.template for_each<true>([&](int slot) {
+        const Vec<Out> dy = reader.x_at(slot);
         const int first = reader.column(slot);
         float x[kColumns];
         load_floats(x_row, first, x);

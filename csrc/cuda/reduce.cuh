@@ -42,12 +42,11 @@ struct Exchange {
         for (Barrier& barrier : barriers) barrier_init(&barrier, 1);
     }
 
-    // merge(state) merges the lanes of a warp, in every lane. The first warp returns the whole row's state; the others
-    // return before, and wait for what it makes of it. Every thread of the cluster calls this.
+    // ``state`` is that of the warp, and merge(state) merges one state a lane, in every lane. The first warp returns the
+    // whole row's; the others return before, and wait for what it makes of it. Every thread of the cluster calls this.
     template <class Merge>
     FASTKD_D State reduce(State state, int turn, Merge&& merge) {
         const int lane = thread_rank() % kWarp, size = cluster_size();
-        state = merge(state);
         if (lane == 0) memcpy(&warps[thread_rank() / kWarp], &state, sizeof(State));
         block_barrier();
         if (!in_first_warp()) return state;

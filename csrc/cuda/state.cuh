@@ -1,11 +1,11 @@
 // Stage 1 of a row on a GPU: the sums of exponentials of student and teacher.
 //
 // Math    x = z·k − peak·k and y likewise of u, in units of log 2, each one FMA; s = 2^x, t = 2^y.
-//         moment  Σ t·(y − x), Σ s·(x − y), Σ t·x, as the functor's kMoment has it; entropy Σ t·y beside the last.
+//         moment  Σ t·(y − x), Σ s·(x − y) or Σ t·x, as the functor's kMoment has it; entropy Σ t·y beside the last.
 //         others  Σ exp(z − peak) of the columns other than the label's, since 1 − p_y keeps its digits only as a sum of
 //                 those: Σ s² where T is 2, Σ s where T is 1
-// Rules   0·inf is 0 in a moment. The plain sums of a vector do without that rule: where they make no finite moment, or
-//         the vector holds the label, it is summed again with care. Ragged ends, −inf outside the row, are such vectors.
+// Rules   0·inf is 0 in a moment. Plain sums do without that rule, and know no label. Vectors at the ends of a row and
+//         that of the label are summed with care, and so is all of a thread's slice where no finite moment comes out.
 #pragma once
 
 #include "../row.h"
@@ -29,7 +29,7 @@ FASTKD_D float rounding_of(float peak, float k) { return fma(-peak, k, origin_of
 struct RowState {
     float z_peak = -kInfinity, u_peak = -kInfinity;
     float s = 0.0f, t = 0.0f, others = 0.0f, moment = 0.0f, entropy = 0.0f;
-    float z_y = 0.0f;    // of the label, where it was met
+    float z_y = 0.0f, s_y = 0.0f;  // of the label, where it was met; a thread keeps s_y out of s until it has all
     float sum_z = 0.0f;  // Σ z − anchor
 };
 
@@ -53,14 +53,11 @@ struct Stage1 {
         return 0.0f;
     }
 
-    // exp(z − peak) of s, where T is 1 or 2.
-    static FASTKD_D float power(float s, const RowScale& row) { return row.squares ? s * s : s; }
-
     // Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
     static FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowScale& row) {
         const float x = origin_of(state.z_peak, row.k) - origin_of(shift_of(z_peak), row.k);
         const float by_s = exp2(x);
-        state.others *= kPower ? power(by_s, row)
+        state.others *= kPower ? (row.squares ? by_s * by_s : by_s)
                                : exp2(origin_of(state.z_peak, kLog2E) - origin_of(shift_of(z_peak), kLog2E));
         state.z_peak = z_peak;
         if constexpr (kSoft) {
@@ -74,70 +71,71 @@ struct Stage1 {
             state.u_peak = u_peak;
         }
         state.s *= by_s;
+        state.s_y *= by_s;
     }
 
     // Adds a vector, given peaks that are no smaller. ``first`` is its first column.
-    template <class T>
+    template <bool kCareful, class T>
     static FASTKD_D void add(RowState& state, const Vec<T>& z, const Vec<T>& u, int first, const RowScale& row) {
         const float z_origin = origin_of(shift_of(state.z_peak), row.k);
         const float u_origin = origin_of(shift_of(state.u_peak), row.k);
         const float hard_origin = origin_of(shift_of(state.z_peak), kLog2E);
-        RowState sums;
-        const auto walk = [&](auto careful) {
-            constexpr bool kCareful = decltype(careful)::value;
 #pragma unroll
-            for (int j = 0; j < Vec<T>::kColumns; ++j) {
-                const bool apart = kCareful && first + j == row.label;
-                const float x = fma(z[j], row.k, -z_origin);
-                const float s = exp2(x);
-                sums.s += s;
-                if (apart) {
-                    sums.z_y = z[j];
-                } else if (!kPower) {
-                    sums.others += exp2(fma(z[j], kLog2E, -hard_origin));
-                } else {
-                    sums.others += kCareful ? power(s, row) : s * s;
-                }
-                if constexpr (kSoft) {
-                    const float y = fma(u[j], row.k, -u_origin);
-                    const float t = exp2(y);
-                    sums.t += t;
-                    const bool nothing = kCareful && (kMoment == Moment::kStudentRatio ? s : t) == 0.0f;
-                    if (!nothing) sums.moment += moment_of(s, t, x, y);
-                    if (kEntropy && !nothing) sums.entropy += t * y;
-                }
-                if (!kPower && row.smooth) {
-                    const bool inside = first + j >= 0 && first + j < row.n;
-                    sums.sum_z += inside ? z[j] - row.anchor : 0.0f;
-                }
+        for (int j = 0; j < Vec<T>::kColumns; ++j) {
+            const float x = fma(z[j], row.k, -z_origin);
+            const float s = exp2(x);
+            if (kCareful && first + j == row.label) {
+                state.z_y = z[j];
+                state.s_y = s;
+            } else {
+                state.s += s;
+                state.others += kPower ? s * s : exp2(fma(z[j], kLog2E, -hard_origin));
             }
-        };
-        walk(std::false_type());
-        if (kPower && !row.squares) sums.others = sums.s;
-        const bool has_label = static_cast<unsigned>(row.label - first) < static_cast<unsigned>(Vec<T>::kColumns);
-        if (has_label || !(abs(kEntropy ? sums.moment + sums.entropy : sums.moment) < kInfinity)) {
-            sums = RowState();
-            walk(std::true_type());
-            state.z_y += sums.z_y;
+            if constexpr (kSoft) {
+                const float y = fma(u[j], row.k, -u_origin);
+                const float t = exp2(y);
+                state.t += t;
+                const bool nothing = kCareful && (kMoment == Moment::kStudentRatio ? s : t) == 0.0f;
+                if (!nothing) state.moment += moment_of(s, t, x, y);
+                if (kEntropy && !nothing) state.entropy += t * y;
+            }
+            if (!kPower && row.smooth) {
+                const bool inside = first + j >= 0 && first + j < row.n;
+                state.sum_z += inside ? z[j] - row.anchor : 0.0f;
+            }
         }
-        state.s += sums.s;
-        state.others += sums.others;
-        state.t += sums.t;
-        state.moment += sums.moment;
-        state.entropy += sums.entropy;
-        state.sum_z += sums.sum_z;
     }
 
-    // Merges the states of a warp's lanes; every lane gets the result.
+    // Whether plain sums were enough.
+    static FASTKD_D bool is_finite(const RowState& state) {
+        if constexpr (kMoment == Moment::kNone) return true;
+        return abs(kEntropy ? state.moment + state.entropy : state.moment) < kInfinity;
+    }
+
+    // After a thread's last vector.
+    static FASTKD_D void finish(RowState& state, const RowScale& row) {
+        if (kPower && !row.squares) state.others = state.s;
+        state.s += state.s_y;
+        state.s_y = 0.0f;
+    }
+
+    // Merges one state a lane; every lane gets the result. kSamePeaks: the lanes have one peak already.
+    template <bool kSamePeaks>
     static FASTKD_D RowState merge(RowState state, const RowScale& row) {
-        rescale(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
+        if constexpr (!kSamePeaks)
+            rescale(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
         state.s = warp_sum(state.s);
-        state.z_y = warp_sum(state.z_y);
         state.others = warp_sum(state.others);
         if constexpr (kSoft) state.t = warp_sum(state.t);
         if constexpr (kSoft && kMoment != Moment::kNone) state.moment = warp_sum(state.moment);
         if constexpr (kEntropy) state.entropy = warp_sum(state.entropy);
         if constexpr (!kPower) state.sum_z = warp_sum(state.sum_z);
+        return state;
+    }
+
+    static FASTKD_D RowState merge_warps(const RowState& lane, const RowScale& row) {
+        RowState state = merge<false>(lane, row);
+        state.z_y = warp_sum(state.z_y);
         return state;
     }
 };

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "../params.h"
-#include "grid.cuh"
+#include "reduce.cuh"
 
 namespace fastkd {
 
@@ -41,7 +41,9 @@ struct Vec {
 // The larger columns of two words, each of one or two columns; of a NaN and a number, the number.
 template <class T>
 FASTKD_D uint32_t max_columns(uint32_t a, uint32_t b) {
-    if constexpr (sizeof(T) == 4) return bit_cast<uint32_t>(max(bit_cast<float>(a), bit_cast<float>(b)));
+    if constexpr (sizeof(T) == 4) {
+        return bit_cast<uint32_t>(max(bit_cast<float>(a), bit_cast<float>(b)));
+    } else {
 #ifdef __CUDA_ARCH__
     uint32_t c;
     if constexpr (std::is_same_v<T, bfloat16>) {
@@ -52,11 +54,13 @@ FASTKD_D uint32_t max_columns(uint32_t a, uint32_t b) {
     return c;
 #else
     const auto larger = [](uint32_t x, uint32_t y) {
-        const float of_x = to_float(T{static_cast<uint16_t>(x)}), of_y = to_float(T{static_cast<uint16_t>(y)});
+        const float of_x = to_float(bit_cast<T>(static_cast<uint16_t>(x)));
+        const float of_y = to_float(bit_cast<T>(static_cast<uint16_t>(y)));
         return (of_x > of_y || of_y != of_y ? x : y) & 0xffffu;
     };
     return larger(a, b) | larger(a >> 16, b >> 16) << 16;
 #endif
+    }
 }
 
 // The running maximum of a thread's vectors, as words.
@@ -71,14 +75,30 @@ struct Peak {
     FASTKD_D float value() const {
         Vec<T> vec;
         vec.words.word[0] = word;
-        return sizeof(T) == 4 ? vec[0] : max(vec[0], vec[1]);
+        if constexpr (sizeof(T) == 4) return vec[0];
+        return max(vec[0], vec[1]);
     }
 };
+
+struct Peaks {
+    float x, y;
+};
+
+// The maxima of a warp; two of two bytes are one word.
+template <class T>
+FASTKD_D Peaks warp_peaks(const Peak<T>& x, const Peak<T>& y) {
+    if constexpr (sizeof(T) == 4) return {warp_max(x.value()), warp_max(y.value())};
+    uint32_t both = max_columns<T>(x.word & 0xffffu | y.word << 16, x.word >> 16 | y.word & 0xffff0000u);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) both = max_columns<T>(both, shuffle_xor(both, mask));
+    Vec<T> vec;
+    vec.words.word[0] = both;
+    return {vec[0], vec[1]};
+}
 
 // Columns before a row up to the boundary of a step of kStep columns.
 template <int kStep, class T>
 FASTKD_D int head_of(const T* row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % kStep);
+    return static_cast<unsigned>(reinterpret_cast<uintptr_t>(row)) / sizeof(T) % kStep;
 }
 
 // Columns 0 … n − 1 of a row, walked in steps of kStep columns that begin ``head`` columns before it.
@@ -91,7 +111,7 @@ struct Row {
     int shift;  // by how many columns the steps are off the vectors' boundaries
 
     FASTKD_D Row(T* data, int n, int head)
-        : data(data), n(n), shift((head_of<kColumns>(data) + kColumns - head % kColumns) % kColumns) {}
+        : data(data), n(n), shift((head_of<kColumns>(data) - head) & (kColumns - 1)) {}
 
     // Whether the vectors that hold columns first … first + kColumns − 1 lie in the row.
     FASTKD_D bool is_whole(int first) const {
@@ -154,27 +174,52 @@ FASTKD_D void load_floats(const Row<const Element, kStep>& row, int first, float
     for (int j = 0; j < kStep; ++j) values[j] = to_float(columns[j]);
 }
 
-// Writes the columns of a step, those outside the row left out.
+// Two columns of two bytes as a word.
+template <class T>
+FASTKD_D uint32_t pack(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t pair;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+#else
+    T columns[2];
+    from_float(low, columns[0]);
+    from_float(high, columns[1]);
+    return columns[0].bits | static_cast<uint32_t>(columns[1].bits) << 16;
+#endif
+}
+
+// Writes the columns of a step, which lies in the row, on its vectors' boundaries.
 template <class T, int kStep>
-FASTKD_D void store(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
+FASTKD_D void store_whole(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
     using R = Row<T, kStep>;
     constexpr int kWords = R::kColumns * R::kSize / 4;
 #pragma unroll
     for (int start = 0; start < kStep; start += R::kColumns) {
-        const int at = first + start;
-        T columns[R::kColumns];
+        Words<kWords> words;
 #pragma unroll
-        for (int j = 0; j < R::kColumns; ++j) from_float(values[start + j], columns[j]);
-        if (row.shift == 0 && row.is_whole(at)) {
-            Words<kWords> words;
-            memcpy(&words, columns, sizeof(words));
-            *reinterpret_cast<Words<kWords>*>(row.data + at) = words;
-        } else {
-#pragma unroll
-            for (int j = 0; j < R::kColumns; ++j) {
-                if (row.holds(at + j)) row.data[at + j] = columns[j];
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (R::kSize == 4) {
+                words.word[i] = bit_cast<uint32_t>(values[start + i]);
+            } else {
+                words.word[i] = pack<T>(values[start + 2 * i], values[start + 2 * i + 1]);
             }
         }
+        *reinterpret_cast<Words<kWords>*>(row.data + first + start) = words;
+    }
+}
+
+// The same of any step; columns outside the row are left out.
+template <class T, int kStep>
+FASTKD_D void store(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
+    if (row.shift == 0 && first >= 0 && first <= row.n - kStep) return store_whole(row, first, values);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) {
+        if (row.holds(first + j)) from_float(values[j], row.data[first + j]);
     }
 }
 
@@ -238,26 +283,30 @@ struct Sink {
     DType dtype;
     int n, head;
 
+    // kWhole: the step lies in the row.
+    template <bool kWhole>
     FASTKD_D void store(int first, const float (&values)[kColumns]) const {
         if constexpr (std::is_same_v<T, float>) {
-            if (dtype == DType::kBFloat16) return fastkd::store(as<bfloat16>(), first, values);
-            if (dtype == DType::kFloat16) return fastkd::store(as<float16>(), first, values);
+            if (dtype == DType::kBFloat16) return store_as<bfloat16, kWhole>(first, values);
+            if (dtype == DType::kFloat16) return store_as<float16, kWhole>(first, values);
         }
-        fastkd::store(as<T>(), first, values);
+        store_as<T, kWhole>(first, values);
     }
 
 private:
-    template <class Element>
-    FASTKD_D Row<Element, kColumns> as() const {
-        return {reinterpret_cast<Element*>(data), n, head};
+    template <class Element, bool kWhole>
+    FASTKD_D void store_as(int first, const float (&values)[kColumns]) const {
+        const Row<Element, kColumns> row(reinterpret_cast<Element*>(data), n, head);
+        kWhole ? store_whole(row, first, values) : fastkd::store(row, first, values);
     }
 };
 
 // Columns before a row of a matrix up to the boundary of a step.
 template <class T>
 FASTKD_D int head_of(const char* row, DType dtype) {
-    const int size = std::is_same_v<T, float> && dtype != DType::kFloat32 ? 2 : static_cast<int>(sizeof(T));
-    return static_cast<int>(reinterpret_cast<uintptr_t>(row) / size % Vec<T>::kColumns);
+    const bool narrow = std::is_same_v<T, float> && dtype != DType::kFloat32;
+    return narrow ? head_of<Vec<T>::kColumns>(reinterpret_cast<const uint16_t*>(row))
+                  : head_of<Vec<T>::kColumns>(reinterpret_cast<const T*>(row));
 }
 
 struct __attribute__((may_alias)) HalfWord {

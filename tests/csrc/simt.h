@@ -100,14 +100,20 @@ inline int grid_blocks() { return simt::self.grid_blocks; }
 inline int cluster_rank() { return simt::self.block; }
 inline int cluster_size() { return static_cast<int>(simt::self.cluster->blocks.size()); }
 
-inline float shuffle_xor(float x, int mask) {
-    const int lane = simt::self.rank % simt::kWarpSize;
+template <class T>
+T shuffle(T x, int lane) {
     simt::Warp& warp = simt::self.cluster->blocks[simt::self.block]->warps[simt::self.rank / simt::kWarpSize];
-    warp.values[lane] = x;
+    static_assert(sizeof(T) == sizeof(float));
+    __builtin_memcpy(&warp.values[simt::self.rank % simt::kWarpSize], &x, sizeof(T));
     warp.barrier.arrive_and_wait();
-    const float other = warp.values[lane ^ mask];
+    __builtin_memcpy(&x, &warp.values[lane], sizeof(T));
     warp.barrier.arrive_and_wait();
-    return other;
+    return x;
+}
+
+template <class T>
+T shuffle_xor(T x, int mask) {
+    return shuffle(x, simt::self.rank % simt::kWarpSize ^ mask);
 }
 
 inline void block_barrier() { simt::self.cluster->blocks[simt::self.block]->barrier.arrive_and_wait(); }
@@ -162,7 +168,9 @@ inline void store_async(float* local, int rank, float value, Barrier* local_barr
 }
 
 // Nothing is there before the wait, not even for the thread itself.
-inline void copy_async(void* shared, const void* global) { simt::self.copies.emplace_back(shared, global); }
+inline void copy_async(void* shared, const void* global, bool wanted) {
+    if (wanted) simt::self.copies.emplace_back(shared, global);
+}
 inline void copy_async_wait() {
     for (const auto& [shared, global] : simt::self.copies) __builtin_memcpy(shared, global, 16);
     simt::self.copies.clear();

@@ -11,16 +11,18 @@ struct Grid {
     int cluster, threads;
     bool resident;
     int clusters;
-    size_t shared;
+    int64_t vectors;
 };
 
 template <class Resident, class Streaming, class... Arguments>
 void launch(const Grid& grid, Resident resident, Streaming streaming, const Arguments&... arguments) {
     // Fewer clusters than rows, which each then walk.
+    const int cluster = grid.resident ? grid.cluster : 1;
+    const int share = static_cast<int>((grid.vectors + cluster - 1) / cluster);
     if (grid.resident) {
-        simt::launch(resident, grid.clusters, grid.cluster, grid.threads, grid.shared, arguments...);
+        simt::launch(resident, grid.clusters, cluster, grid.threads, kept_bytes(share, 2), arguments..., share);
     } else {
-        simt::launch(streaming, grid.clusters, grid.cluster, grid.threads, 0, arguments...);
+        simt::launch(streaming, grid.clusters, cluster, grid.threads, 0, arguments..., share);
     }
 }
 
@@ -29,16 +31,13 @@ void with_type(DType dtype, Visit&& visit) {
     dtype == DType::kBFloat16 ? visit(bfloat16{}) : dtype == DType::kFloat16 ? visit(float16{}) : visit(0.0f);
 }
 
-// Two rows of any dtype.
-size_t shared_bytes(int64_t columns) { return static_cast<size_t>(columns + 16) * 8; }
-
 }  // namespace
 
 extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident, int clusters) {
-    const Grid grid{cluster, threads, resident, clusters, shared_bytes(p->n)};
     const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
     with_type(p->z.dtype, [&](auto element) {
         using T = decltype(element);
+        const Grid grid{cluster, threads, resident, clusters, max_vectors<T>(p->n)};
         const auto run = [&](const auto& functor, auto soft) {
             using Functor = std::decay_t<decltype(functor)>;
             constexpr bool kSoft = decltype(soft)::value;
@@ -53,12 +52,13 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
 }
 
 extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, static_cast<int>(p->rows), shared_bytes(p->columns)};
     const bool backward = p->dy.data != nullptr;
     with_type(p->x.dtype, [&](auto x) {
         with_type(backward ? p->dy.dtype : p->out.dtype, [&](auto other) {
             using T = decltype(x);
             using Out = decltype(other);
+            const Grid grid{cluster, threads, resident, static_cast<int>(p->rows),
+                            backward ? max_vectors<Out>(p->columns) : max_vectors<T>(p->columns)};
             if (backward) {
                 launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, *p);
             } else {

@@ -138,7 +138,8 @@ struct KDRow {
     // ---- Stage 1
 
     FASTKD_D RowState stage1(const Reader& reader, const Task& task, Exchange<RowState>& exchange, int turn) const {
-        const float anchor = smooths() && task.label >= 0 ? shift_of(reader.x[task.label]) : 0.0f;
+        // From the matrix, so that a resident row needs no address here.
+        const float anchor = smooths() && task.label >= 0 ? shift_of(open(place(task.row)).x[task.label]) : 0.0f;
         const RowScale row = {k, squares(), smooths(), anchor, task.label, static_cast<int>(p.n)};
         return is_power ? stage1<true>(reader, row, exchange, turn) : stage1<false>(reader, row, exchange, turn);
     }

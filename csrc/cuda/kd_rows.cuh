@@ -41,14 +41,23 @@ struct Place {
     int64_t z, u, dz;
 };
 
+// How term and g of a row are had: from coefficients, where it is far from convergence; else by the functor.
+enum class Form : int { kLinear, kFar, kNear };
+
+// A stage 2 by the functor that a row needs still: in the far form, in the near form, or, the latter having shown an
+// error of the normalisers, again without it.
+enum class Again : int { kNo, kFar, kNear, kCentred };
+
 // All that the threads of a block must know of a row, worked out by its first warp.
 struct RowNumbers {
     float z_peak, u_peak;
-    float lse_h, lse_s, lse_t;  // log₂ normalisers of z, z/T, u/T, relative to the peaks
+    float lse_h, lse_s;  // log₂ normalisers of z and z/T, relative to the peak
+    float log_ratio;     // log Σ exp of u/T, relative to its peak, less that of z/T
+    float hard, soft, entropy, grad_sum, other_side, rest;
+    Form form;
+    Again again;
+    // Stage 3 from coefficients: the hard term comes as square·s² or in soft_term, or with an exponential of its own.
     Normalisers sums;
-    float hard, soft, grad_sum, form, rest;
-    bool again;                 // stage 2 must sum term and g exactly
-    // Stage 3: hard·exp(z − peak) of the hard term comes as s·(square·s + ...), or with an exponential of its own.
     Coefficients soft_term;
     float square, hard_factor, label_hard;
 };
@@ -67,7 +76,7 @@ struct KDRow {
     bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
 
     FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor, int share)
-        : p(p), linear{functor, {}}, share(share) {
+        : p(p), linear(functor), share(share) {
         inv_t = kSoft ? 1.0f / p.temperature : 1.0f;
         k = inv_t * kLog2E;
         is_power = !p.labels || (!smooths() && (!kSoft || p.temperature == 1.0f || p.temperature == 2.0f));
@@ -146,7 +155,7 @@ struct KDRow {
 
     template <bool kPower>
     FASTKD_D RowState stage1(const Reader& reader, const RowScale& row, Exchange<RowState>& exchange, int turn) const {
-        using Sums = Stage1<kSoft, kPower, kMoment>;
+        using Sums = Stage1<kSoft, kPower, Functor>;
         RowState state;
         Peak<T> z_peak, u_peak;
         if constexpr (kResident) {
@@ -195,8 +204,8 @@ struct KDRow {
         if constexpr (kSoft) {
             row.u_peak = shift_of(state.u_peak);
             row.lse_s = log2f(state.s) + z_rounding;
-            row.lse_t = log2f(state.t) + rounding_of(row.u_peak, k);
             row.sums = {1.0f / state.s, 1.0f / state.t, log2f(state.t / state.s)};
+            row.log_ratio = (row.sums.log_ratio + (rounding_of(row.u_peak, k) - z_rounding)) * kLn2;
             row.grad_sum = -linear.functor.weight();
         }
         if (p.labels) {
@@ -211,16 +220,19 @@ struct KDRow {
             row.lse_h = log_sum * kLog2E;
             row.hard = term.loss - (smooths() ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
         }
-        if constexpr (kSoft && kMoment != Moment::kNone) {
-            const float mean = state.moment * (kMoment == Moment::kStudentRatio ? row.sums.student : row.sums.teacher);
-            const float log_ratio = row.sums.log_ratio * kLn2;
-            const Value<float> value = value_from_mean(linear.functor, mean * kLn2, log2f(state.s) * kLn2, log_ratio);
-            row.soft = value.value;
-            row.again = Functor::kExactDiffers && !value.has_digits;
-            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = value.value;
+        if constexpr (kMoment != Moment::kNone) {
+            // Relative to the origins, as the sums are.
+            const float mean = Stage1<kSoft, true, Functor>::mean(state) * kLn2;
+            const Value<float> soft = value_from_mean(linear.functor, mean, row.sums.log_ratio * kLn2);
+            row.soft = soft.value;
+            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = soft.value;
+            row.again = is_near(row) ? Again::kNear : soft.has_digits ? Again::kNo : Again::kFar;
         }
+        if (Functor::kEntropy) row.entropy = (log2f(state.t) - state.entropy * row.sums.teacher) * kLn2;
         return row;
     }
+
+    FASTKD_D bool is_near(const RowNumbers& row) const { return row.soft < linear.functor.near_below(); }
 
     // ---- Stage 2
 
@@ -239,45 +251,75 @@ struct KDRow {
     FASTKD_D RowNumbers with_sums(RowNumbers row, const SumState& sums) {
         linear.prepare(row.sums);
         const RowSums result = linear.finish(sums, row.sums);
-        row.soft = result.value, row.grad_sum = result.grad_sum, row.form = result.form;
-        row.again = Functor::kExactDiffers && row.soft < 2.0f * kFewDigits;
+        row.soft = result.value, row.grad_sum = result.grad_sum, row.other_side = result.other_side;
+        // The hardware's logarithm is off by up to 4e-7.
+        const bool is_rough = !Functor::kTwoSided && row.soft < 2.0f * kFewDigits * linear.weights();
+        row.again = is_near(row) ? Again::kNear : is_rough ? Again::kFar : Again::kNo;
         return row;
     }
 
-    // The same by terms that are small themselves, for a row near convergence.
-    FASTKD_D SumState exact_stage2(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange,
-                                   int turn) const {
+    template <bool kNear>
+    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange,
+                                        int turn) const {
         SumState sums;
         reader.template for_each<true>([&](int slot) {
             const Vec<T> z = reader.x_at(slot), u = reader.y_at(slot);
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
-                float p_s;
-                const TermGrad column = evaluate(row, z[j], u[j], p_s);
+                float p_s, excess;
+                const TermGrad column = evaluate<kNear>(row, z[j], u[j], p_s, excess);
                 sums.first += column.term;
                 sums.second += column.g;
+                if (Functor::kTwoSided) sums.third += p_s;
+                if (kNear) sums.fourth += excess;
             }
         });
         return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
     }
 
-    FASTKD_D RowNumbers with_exact_sums(RowNumbers row, const SumState& sums) const {
-        row.soft = sums.first, row.grad_sum = sums.second, row.form = 1.0f;
-        row.again = false;
+    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange,
+                                        int turn) const {
+        return row.again == Again::kFar ? stage2_by_functor<false>(reader, row, exchange, turn)
+                                        : stage2_by_functor<true>(reader, row, exchange, turn);
+    }
+
+    FASTKD_D RowNumbers with_functor_sums(RowNumbers row, const SumState& sums) const {
+        const Again done = row.again;
+        const float excess = sums.fourth;
+        row.form = done == Again::kFar ? Form::kFar : Form::kNear;
+        row.soft = sums.first;
+        if (row.form == Form::kNear || Functor::kGradSum != GradSum::kConstant) row.grad_sum = sums.second;
+        if (Functor::kTwoSided) {
+            const float other = sums.second - sums.third;
+            row.other_side = sums.second > -other ? 1.0f : 0.0f;
+            if (row.other_side != 0.0f) row.grad_sum = other;
+        }
+        row.again = Again::kNo;
+        if (done == Again::kFar && is_near(row)) row.again = Again::kNear;
+        // What the rounding of the normalisers adds to every d shows in Σ (p_t − p_s) = 0. A divergence feels its square,
+        // total variation itself.
+        if (done == Again::kNear && (Functor::kTwoSided || excess * excess > 2e-6f * row.soft)) {
+            row.again = Again::kCentred;
+            row.log_ratio += excess;
+        }
         return row;
     }
 
     static FASTKD_D SumState merge(const SumState& lane) {
-        return {warp_sum(lane.first), warp_sum(lane.second), warp_sum(lane.third)};
+        return {warp_sum(lane.first), warp_sum(lane.second), warp_sum(lane.third), warp_sum(lane.fourth)};
     }
 
-    // term and g of a column near convergence.
-    FASTKD_D TermGrad evaluate(const RowNumbers& row, float z, float u, float& p_s) const {
-        const float b = (z - row.z_peak) * k - row.lse_s;
-        const float p_t = exp2((u - row.u_peak) * k - row.lse_t);
-        p_s = exp2(b);
-        const float shift = (row.u_peak - row.z_peak) * inv_t + (row.lse_t - row.lse_s) * kLn2;
-        return linear.functor.template column<true>(b * kLn2, log_ratio(z, u, inv_t, shift), p_t, p_s);
+    // term and g of a column by the functor.
+    template <bool kNear>
+    FASTKD_D TermGrad evaluate(const RowNumbers& row, float z, float u, float& p_s, float& excess) const {
+        const float lse_t = row.lse_s + row.log_ratio * kLog2E;
+        const float offset = offset_between(row.z_peak, row.u_peak);
+        const float shift = (row.u_peak - offset - row.z_peak) * inv_t + row.log_ratio;
+        const float p_t = exp2((u - row.u_peak) * k - lse_t);
+        p_s = exp2((z - row.z_peak) * k - row.lse_s);
+        const float d = log_ratio(z, u, offset, inv_t, shift);
+        excess = kNear ? Excess(d, p_t, p_s).mass : 0.0f;
+        return linear.functor.template column<kNear>(d, p_t, p_s);
     }
 
     // ---- Stage 3
@@ -291,7 +333,7 @@ struct KDRow {
         const float constant = has_hard && is_power && !squares() ? hard(z_rounding) : 0.0f;
         row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
         row.label_hard = task.hard_scale * ((smooths() ? p.smoothing - uniform() : 0.0f) - row.rest);
-        linear.fold(row.sums, row.grad_sum, row.form, task.soft_scale * inv_t, constant);
+        linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t, constant);
         row.soft_term = linear.c;
     }
 
@@ -299,17 +341,18 @@ struct KDRow {
 
     FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
                          const Place& place) {
-        if (kSoft && Functor::kExactDiffers && row.form != 0.0f) {
-            stage3<false, true>(reader, next, has_next, row, task, place);
+        if (kSoft && row.form == Form::kNear) {
+            stage3<Form::kNear, false>(reader, next, has_next, row, task, place);
+        } else if (kSoft && row.form == Form::kFar) {
+            stage3<Form::kFar, false>(reader, next, has_next, row, task, place);
         } else if (is_power) {
-            stage3<true, false>(reader, next, has_next, row, task, place);
+            stage3<Form::kLinear, true>(reader, next, has_next, row, task, place);
         } else {
-            stage3<false, false>(reader, next, has_next, row, task, place);
+            stage3<Form::kLinear, false>(reader, next, has_next, row, task, place);
         }
     }
 
-    // kNear: g in the form that has its digits near convergence, else that of linear.cuh.
-    template <bool kPower, bool kNear>
+    template <Form kForm, bool kPower>
     FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
                          const Place& place) {
         const float z_origin = origin_of(row.z_peak, k), u_origin = kSoft ? origin_of(row.u_peak, k) : 0.0f;
@@ -317,23 +360,23 @@ struct KDRow {
         const float factor = task.soft_scale * inv_t;
         // factor·(g − p_s·G), and what of the hard term is folded in.
         const auto tempered = [&](const Linear<Functor>& by, float square, float z, float u) {
-            if constexpr (kNear) {
-                float p_s;
-                const TermGrad column = evaluate(row, z, u, p_s);
-                return factor * soft_gradient<Functor>(column.g, p_s, row.grad_sum);
-            } else {
+            if constexpr (kForm == Form::kLinear) {
                 const float x = fma(z, k, -z_origin), y = kSoft ? fma(u, k, -u_origin) : 0.0f;
                 const float s = exp2(x), coefficient = by.coefficient(x, y, s);
                 const float student = s * (kPower ? fma(square, s, coefficient) : coefficient);
                 return Linear<Functor>::kTeacher ? fma(-by.c.other, exp2(y), student) : student;
+            } else {
+                float p_s, excess;
+                const TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
+                return factor * soft_gradient<Functor>(column.g - row.other_side * p_s, p_s, row.grad_sum);
             }
         };
         linear.c = row.soft_term;
         const float square = row.square;
         const Sink<T> dz_row{p.dz.data + place.dz, dtype_of(p.dz), static_cast<int>(p.n), reader.x.head};
-        const auto gradient = [&](auto special, int slot, int place) {
+        const auto gradient = [&](auto special, int slot, int at) {
             constexpr bool kSpecial = decltype(special)::value;
-            const Vec<T> z = reader.x_at(slot, place), u = kSoft ? reader.y_at(slot, place) : z;
+            const Vec<T> z = reader.x_at(slot, at), u = kSoft ? reader.y_at(slot, at) : z;
             const int first = reader.column(slot), apart = task.label - first;
             float dz[kColumns];
 #pragma unroll
@@ -348,25 +391,30 @@ struct KDRow {
                     if (j == apart) z_y = z[j], u_y = u[j];
                 }
                 Linear<Functor> alone = linear;
-                alone.fold(row.sums, row.grad_sum, row.form, factor, 0.0f);
+                alone.fold(row.sums, row.grad_sum, row.other_side, factor, 0.0f);
                 const float dz_y = tempered(alone, 0.0f, z_y, u_y) + row.label_hard;
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) dz[j] = j == apart ? dz_y : dz[j];
             }
             dz_row.template store<!kSpecial>(first, dz);
         };
-        const bool refill = kResident && next.direct && has_next;
-        const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
-        const int label_slot = reader.slot_of(task.label);
-        reader.template for_main<true>(special_0, label_slot, [&](int slot, int place) {
-            gradient(std::false_type(), slot, place);
-            if constexpr (kResident) next.copy(slot, place, refill);
-        });
-        reader.for_special(special_0, label_slot, [&](int slot) {
-            if (slot < reader.count) gradient(std::true_type(), slot, reader.place_of(slot));
-            if (refill && slot < next.count) next.fill(slot);
-        });
-        if (kResident && has_next && !refill) next.start();
+        if constexpr (kForm == Form::kLinear) {
+            const bool refill = kResident && next.direct && has_next;
+            const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
+            const int label_slot = reader.slot_of(task.label);
+            reader.template for_main<true>(special_0, label_slot, [&](int slot, int at) {
+                gradient(std::false_type(), slot, at);
+                if constexpr (kResident) next.copy(slot, at, refill);
+            });
+            reader.for_special(special_0, label_slot, [&](int slot) {
+                if (slot < reader.count) gradient(std::true_type(), slot, reader.place_of(slot));
+                if (refill && slot < next.count) next.fill(slot);
+            });
+            if (has_next && !refill) next.start();
+        } else {
+            reader.template for_each<true>([&](int slot) { gradient(std::true_type(), slot, reader.place_of(slot)); });
+            if (has_next) next.start();
+        }
     }
 
     // ---- A row
@@ -377,27 +425,26 @@ struct KDRow {
         row.u_peak = stats[kPeakTeacher];
         row.lse_h = stats[kLogHard] * kLog2E;
         row.lse_s = stats[kLogStudent] * kLog2E;
-        row.lse_t = stats[kLogTeacher] * kLog2E;
+        row.log_ratio = stats[kLogRatio];
         row.rest = stats[kLabelRest];
         row.grad_sum = stats[kGradSum];
-        row.form = stats[kGradForm];
-        const float log_s = row.lse_s - rounding_of(row.z_peak, k), log_t = row.lse_t - rounding_of(row.u_peak, k);
-        row.sums = {exp2(-log_s), exp2(-log_t), log_t - log_s};
+        if (Functor::kTwoSided) row.other_side = stats[kGradForm];
+        row.form = !kSoft ? Form::kLinear : !Functor::kTwoSided && stats[kGradForm] != 0.0f ? Form::kNear : Form::kFar;
         return row;
     }
 
     FASTKD_D void write(const RowNumbers& row, int index) const {
         p.hard[index] = row.hard;
-        p.soft[index] = row.soft < 0.0f ? 0.0f : row.soft;
+        p.soft[index] = (row.soft < 0.0f ? 0.0f : row.soft) + row.entropy;
         float* stats = p.stats + static_cast<int64_t>(index) * kNumStats;
         stats[kPeakStudent] = row.z_peak;
         stats[kPeakTeacher] = row.u_peak;
         stats[kLogHard] = row.lse_h * kLn2;
         stats[kLogStudent] = row.lse_s * kLn2;
-        stats[kLogTeacher] = row.lse_t * kLn2;
+        stats[kLogRatio] = row.log_ratio;
         stats[kGradSum] = row.grad_sum;
         stats[kLabelRest] = row.rest;
-        stats[kGradForm] = row.form;
+        stats[kGradForm] = Functor::kTwoSided ? row.other_side : row.form == Form::kNear ? 1.0f : 0.0f;
     }
 };
 
@@ -443,9 +490,9 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
                 const SumState sums = kernel.stage2(reader, numbers, sum_exchange, sum_turn++);
                 publish(task, [&] { return kernel.with_sums(numbers, sums); });
             }
-            if (Functor::kExactDiffers && numbers.again) {
-                const SumState sums = kernel.exact_stage2(reader, numbers, sum_exchange, sum_turn++);
-                publish(task, [&] { return kernel.with_exact_sums(numbers, sums); });
+            while (kSoft && numbers.again != Again::kNo) {
+                const SumState sums = kernel.stage2_by_functor(reader, numbers, sum_exchange, sum_turn++);
+                publish(task, [&] { return kernel.with_functor_sums(numbers, sums); });
             }
             if (kernel.is_first()) kernel.write(numbers, task.row);
         }

@@ -2,12 +2,8 @@
 // normalised, all that is the same in a row is folded into its coefficients.
 //
 // Math    s = 2^x, t = 2^y as in stage 1, p_s = s·student, p_t = t·teacher, e = y − x, log₂ p_t/p_s = e − log_ratio.
-//         factor·(g − p_s·G) + constant·s = s·coefficient(x, y, s), less c.other·t if kTeacher, with g in the form that
-//         has its digits where the distributions are far apart:
-//         forward KL, cross-entropy  g = −c_t·p_t, G = −c_t
-//         reverse KL                 g = −c_s·p_s·d, G = c_s·S
-//         mixtures  g = p_s·(c_s·v + κ·p_t/m), v = −log(1 + q), q = r·e^d, r = w/(1−w), κ = c_s·w − c_t·(1−w)
-//         total variation            g = p_s·[p_s > p_t] or −p_s·[p_s < p_t], the side with less of p_s
+//         factor·(g − p_s·G) + constant·s = s·coefficient(x, y, s), less c.other·t if kTeacher, with g in the far form
+//         of divergence.h; of a mixture q = r·e^d is an exponential, and log(1 + q) a logarithm of what is not small.
 // Rules   −inf on either side is no NaN: a difference of logarithms is bounded before it meets an s of 0.
 #pragma once
 
@@ -27,13 +23,13 @@ struct Coefficients {
     float base, slope, other, ratio;
 };
 
-// Sums of stage 2, and what follows from them.
+// Sums of stage 2, whatever they are of, and what follows from them.
 struct SumState {
-    float first = 0.0f, second = 0.0f, third = 0.0f;
+    float first = 0.0f, second = 0.0f, third = 0.0f, fourth = 0.0f;
 };
 
 struct RowSums {
-    float value, grad_sum, form;
+    float value, grad_sum, other_side;
 };
 
 constexpr float kBound = 1e30f;
@@ -41,11 +37,13 @@ constexpr float kBound = 1e30f;
 template <class Functor>
 struct Linear;
 
-template <class Functor>
-struct LinearForward {
+template <bool kT, bool kS>
+struct Linear<MixtureKL<kT, kS, Mix::kStudent>> {
     static constexpr bool kTeacher = true;  // dz has a term of t
-    Functor functor;
-    Coefficients c;
+    MixtureKL<kT, kS, Mix::kStudent> functor;
+    Coefficients c = {};
+
+    FASTKD_D explicit Linear(const MixtureKL<kT, kS, Mix::kStudent>& functor) : functor(functor) {}
 
     FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
         c.base = constant - factor * grad_sum * row.student;
@@ -54,17 +52,18 @@ struct LinearForward {
     FASTKD_D float coefficient(float, float, float) const { return c.base; }
 };
 
-template <bool kT, bool kS>
-struct Linear<MixtureKL<kT, kS, Mix::kStudent>> : LinearForward<MixtureKL<kT, kS, Mix::kStudent>> {};
-
 template <>
-struct Linear<CrossEntropy> : LinearForward<CrossEntropy> {};
+struct Linear<CrossEntropy> : Linear<MixtureKL<true, false, Mix::kStudent>> {
+    using Linear<MixtureKL<true, false, Mix::kStudent>>::Linear;
+};
 
 template <bool kT, bool kS>
 struct Linear<MixtureKL<kT, kS, Mix::kTeacher>> {
     static constexpr bool kTeacher = false;
     MixtureKL<kT, kS, Mix::kTeacher> functor;
-    Coefficients c;
+    Coefficients c = {};
+
+    FASTKD_D explicit Linear(const MixtureKL<kT, kS, Mix::kTeacher>& functor) : functor(functor) {}
 
     // An infinite value has no gradient.
     FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
@@ -83,8 +82,11 @@ template <bool kT, bool kS>
 struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
     static constexpr bool kTeacher = false;
     MixtureKL<kT, kS, Mix::kBoth> functor;
-    Coefficients c;
+    Coefficients c = {};
 
+    FASTKD_D explicit Linear(const MixtureKL<kT, kS, Mix::kBoth>& functor) : functor(functor) {}
+
+    FASTKD_D float weights() const { return c_t() + c_s(); }
     FASTKD_D float odds() const { return functor.numbers.w / (1.0f - functor.numbers.w); }
     FASTKD_D float c_t() const { return kT ? functor.numbers.c_t : 0.0f; }
     FASTKD_D float c_s() const { return kS ? functor.numbers.c_s : 0.0f; }
@@ -152,8 +154,11 @@ private:
 template <>
 struct Linear<TotalVariation> {
     static constexpr bool kTeacher = false;
+    FASTKD_D float weights() const { return 1.0f; }
     TotalVariation functor;
-    Coefficients c;
+    Coefficients c = {};
+
+    FASTKD_D explicit Linear(const TotalVariation& functor) : functor(functor) {}
 
     FASTKD_D void prepare(const Normalisers& row) { c.ratio = row.teacher / row.student; }
 
@@ -169,11 +174,11 @@ struct Linear<TotalVariation> {
         return {0.5f * sums.first * row.student, row.student * (above ? sums.second : -sums.third), above ? 0.0f : 1.0f};
     }
 
-    FASTKD_D void fold(const Normalisers& row, float grad_sum, float form, float factor, float constant) {
+    FASTKD_D void fold(const Normalisers& row, float grad_sum, float other_side, float factor, float constant) {
         prepare(row);
         const float scale = factor * row.student;
-        c.slope = constant + scale * ((form == 0.0f ? 1.0f : 0.0f) - grad_sum);
-        c.base = constant + scale * ((form == 0.0f ? 0.0f : -1.0f) - grad_sum);
+        c.slope = constant + scale * (1.0f - other_side - grad_sum);
+        c.base = constant + scale * (-other_side - grad_sum);
     }
 
     FASTKD_D float coefficient(float, float y, float s) const { return s > c.ratio * exp2(y) ? c.slope : c.base; }
@@ -183,7 +188,9 @@ template <>
 struct Linear<NoSoftTerm> {
     static constexpr bool kTeacher = false;
     NoSoftTerm functor;
-    Coefficients c;
+    Coefficients c = {};
+
+    FASTKD_D explicit Linear(const NoSoftTerm& functor) : functor(functor) {}
     FASTKD_D void fold(const Normalisers&, float, float, float, float constant) { c.base = constant; }
     FASTKD_D float coefficient(float, float, float) const { return c.base; }
 };

@@ -1,7 +1,8 @@
 // Stage 1 of a row on a GPU: the sums of exponentials of student and teacher.
 //
 // Math    x = z·k − peak·k and y likewise of u, in units of log 2, each one FMA; s = 2^x, t = 2^y.
-//         moment  Σ t·(y − x), Σ s·(x − y) or Σ t·x, as the functor's kMoment has it; entropy Σ t·y beside the last.
+//         moment  Σ t·(y − x) or Σ s·(x − y), as the functor's kMoment has it; with the teacher's entropy, which is a sum
+//                 of its own, Σ t·y, only −Σ t·x
 //         others  Σ exp(z − peak) of the columns other than the label's, since 1 − p_y keeps its digits only as a sum of
 //                 those: Σ s² where T is 2, Σ s where T is 1
 // Rules   0·inf is 0 in a moment. Plain sums do without that rule, and know no label. Vectors at the ends of a row and
@@ -42,15 +43,21 @@ struct RowScale {
 };
 
 // kPower: ``others`` comes from s, since T is 1 or 2 and nothing is smoothed.
-template <bool kSoft, bool kPower, Moment kMoment>
+template <bool kSoft, bool kPower, class Functor>
 struct Stage1 {
-    static constexpr bool kEntropy = kMoment == Moment::kTeacherLog;
+    static constexpr Moment kMoment = Functor::kMoment;
+    static constexpr bool kEntropy = Functor::kEntropy;
 
     static FASTKD_D float moment_of(float s, float t, float x, float y) {
-        if constexpr (kMoment == Moment::kTeacherRatio) return t * (y - x);
+        if constexpr (kMoment == Moment::kTeacherRatio) return kEntropy ? t * -x : t * (y - x);
         if constexpr (kMoment == Moment::kStudentRatio) return s * (x - y);
-        if constexpr (kMoment == Moment::kTeacherLog) return t * x;
         return 0.0f;
+    }
+
+    // Of d, in units of log 2 and relative to the origins.
+    static FASTKD_D float mean(const RowState& state) {
+        const float moment = kEntropy ? state.moment + state.entropy : state.moment;
+        return moment / (kMoment == Moment::kStudentRatio ? state.s : state.t);
     }
 
     // Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
@@ -109,7 +116,7 @@ struct Stage1 {
     // Whether plain sums were enough.
     static FASTKD_D bool is_finite(const RowState& state) {
         if constexpr (kMoment == Moment::kNone) return true;
-        return abs(kEntropy ? state.moment + state.entropy : state.moment) < kInfinity;
+        return abs(state.moment + state.entropy) < kInfinity;
     }
 
     // After a thread's last vector.

@@ -180,15 +180,18 @@ struct KDRow {
         reader.template for_main<false>(reader.is_ragged_at_0(), label_slot, [&](int slot, int place) {
             add(std::false_type(), slot, place);
         });
-        reader.for_special(reader.is_ragged_at_0(), label_slot, [&](int slot) {
-            if (slot < reader.count) add(std::true_type(), slot, reader.place_of(slot));
-        });
-        if (!Sums::is_finite(state)) {
-            RowState again;
-            again.z_peak = state.z_peak, again.u_peak = state.u_peak;
-            state = again;
-            reader.template for_each<false>([&](int slot) { add(std::true_type(), slot, reader.place_of(slot)); });
-        }
+        bool all = false;
+        do {
+            if (all) {
+                RowState again;
+                again.z_peak = state.z_peak, again.u_peak = state.u_peak;
+                state = again;
+            }
+            reader.for_special(all, reader.is_ragged_at_0(), label_slot, [&](int slot) {
+                if (slot < reader.count) add(std::true_type(), slot, reader.place_of(slot));
+            });
+            all = !all && !Sums::is_finite(state);
+        } while (all);
         Sums::finish(state, row);
         state.z_y = shuffle(state.z_y, label_slot & (kWarp - 1));  // of another warp's label it is 0
         state = Sums::template merge<kResident>(state, row);
@@ -263,16 +266,14 @@ struct KDRow {
                                         int turn) const {
         SumState sums;
         reader.template for_each<true>([&](int slot) {
-            const Vec<T> z = reader.x_at(slot), u = reader.y_at(slot);
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
+            for_columns(reader.x_at(slot), reader.y_at(slot), [&](int, float z, float u) {
                 float p_s, excess;
-                const TermGrad column = evaluate<kNear>(row, z[j], u[j], p_s, excess);
+                const TermGrad column = evaluate<kNear>(row, z, u, p_s, excess);
                 sums.first += column.term;
                 sums.second += column.g;
                 if (Functor::kTwoSided) sums.third += p_s;
                 if (kNear) sums.fourth += excess;
-            }
+            });
         });
         return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
     }
@@ -306,7 +307,9 @@ struct KDRow {
     }
 
     static FASTKD_D SumState merge(const SumState& lane) {
-        return {warp_sum(lane.first), warp_sum(lane.second), warp_sum(lane.third), warp_sum(lane.fourth)};
+        float sums[] = {lane.first, lane.second, lane.third, lane.fourth};
+        warp_sums(sums);
+        return {sums[0], sums[1], sums[2], sums[3]};
     }
 
     // term and g of a column by the functor.
@@ -374,47 +377,48 @@ struct KDRow {
         linear.c = row.soft_term;
         const float square = row.square;
         const Sink<T> dz_row{p.dz.data + place.dz, dtype_of(p.dz), static_cast<int>(p.n), reader.x.head};
-        const auto gradient = [&](auto special, int slot, int at) {
-            constexpr bool kSpecial = decltype(special)::value;
-            const Vec<T> z = reader.x_at(slot, at), u = kSoft ? reader.y_at(slot, at) : z;
-            const int first = reader.column(slot), apart = task.label - first;
-            float dz[kColumns];
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                dz[j] = tempered(linear, square, z[j], u[j]);
-                if (!kPower) dz[j] += fma(row.hard_factor, exp2(fma(z[j], kLog2E, -hard_origin)), -even);
-            }
-            if (kSpecial && static_cast<unsigned>(apart) < static_cast<unsigned>(kColumns)) {
-                float z_y = 0.0f, u_y = 0.0f;
-#pragma unroll
-                for (int j = 0; j < kColumns; ++j) {
-                    if (j == apart) z_y = z[j], u_y = u[j];
-                }
-                Linear<Functor> alone = linear;
-                alone.fold(row.sums, row.grad_sum, row.other_side, factor, 0.0f);
-                const float dz_y = tempered(alone, 0.0f, z_y, u_y) + row.label_hard;
-#pragma unroll
-                for (int j = 0; j < kColumns; ++j) dz[j] = j == apart ? dz_y : dz[j];
-            }
-            dz_row.template store<!kSpecial>(first, dz);
+        const auto with_hard = [&](float soft, float z) {
+            if constexpr (kPower) return soft;
+            return soft + fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even);
         };
+        // The gradient of a vector that may hold the label or stick out of the row.
+        const auto careful = [&](int slot) {
+            const int at = reader.place_of(slot), first = reader.column(slot);
+            const Vec<T> z = reader.x_at(slot, at);
+            float dz[kColumns];
+            for_columns(z, kSoft ? reader.y_at(slot, at) : z, [&](int j, float z_j, float u_j) {
+                float value;
+                if (first + j == task.label) {
+                    Linear<Functor> alone = linear;
+                    alone.fold(row.sums, row.grad_sum, row.other_side, factor, 0.0f);
+                    value = tempered(alone, 0.0f, z_j, u_j) + row.label_hard;
+                } else {
+                    value = with_hard(tempered(linear, square, z_j, u_j), z_j);
+                }
+#pragma unroll
+                for (int i = 0; i + 1 < kColumns; ++i) dz[i] = dz[i + 1];
+                dz[kColumns - 1] = value;
+            });
+            dz_row.template store<false>(first, dz);
+        };
+        const bool refill = kForm == Form::kLinear && kResident && next.direct && has_next;
+        const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
+        const int label_slot = reader.slot_of(task.label);
         if constexpr (kForm == Form::kLinear) {
-            const bool refill = kResident && next.direct && has_next;
-            const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
-            const int label_slot = reader.slot_of(task.label);
             reader.template for_main<true>(special_0, label_slot, [&](int slot, int at) {
-                gradient(std::false_type(), slot, at);
+                const Vec<T> z = reader.x_at(slot, at), u = kSoft ? reader.y_at(slot, at) : z;
+                float dz[kColumns];
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j) dz[j] = with_hard(tempered(linear, square, z[j], u[j]), z[j]);
+                dz_row.template store<true>(reader.column(slot), dz);
                 if constexpr (kResident) next.copy(slot, at, refill);
             });
-            reader.for_special(special_0, label_slot, [&](int slot) {
-                if (slot < reader.count) gradient(std::true_type(), slot, reader.place_of(slot));
-                if (refill && slot < next.count) next.fill(slot);
-            });
-            if (has_next && !refill) next.start();
-        } else {
-            reader.template for_each<true>([&](int slot) { gradient(std::true_type(), slot, reader.place_of(slot)); });
-            if (has_next) next.start();
         }
+        reader.for_special(kForm != Form::kLinear, special_0, label_slot, [&](int slot) {
+            if (slot < reader.count) careful(slot);
+            if (refill && slot < next.count) next.fill(slot);
+        });
+        if (has_next && !refill) next.start();
     }
 
     // ---- A row

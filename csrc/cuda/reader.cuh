@@ -77,9 +77,10 @@ struct RowReader {
 
     // Begins to fill all slots.
     FASTKD_D void start() const {
-        if constexpr (!kResident) return;
+        if constexpr (kResident) {
 #pragma unroll 2
-        for (int slot = thread_rank(); slot < count; slot += block_threads()) fill(slot);
+            for (int slot = thread_rank(); slot < count; slot += block_threads()) fill(slot);
+        }
     }
 
     // main(slot, place) of the vectors of the main loop but those that are special: slot 0 on request, and ``apart``, if
@@ -107,16 +108,18 @@ struct RowReader {
         }
     }
 
-    // special(slot) of the others, and of slots beyond the row that may belong to the next.
-    template <class Special>
-    FASTKD_D void for_special(bool special_0, int apart, Special&& special) const {
+    // visit(slot) of the others, and of slots beyond the row that may belong to the next; or, if ``all``, of every vector.
+    template <class Visit>
+    FASTKD_D void for_special(bool all, bool special_0, int apart, Visit&& visit) const {
         const bool has_apart = apart >= 0 && apart < main_end, has_0 = special_0 && main_end > 0;
-        if (!has_0 && !has_apart && main_end == share) return;
+        if (!all && !has_0 && !has_apart && main_end == share) return;
+        int own = thread_rank();
 #pragma unroll 1
-        for (int i = has_0 ? 0 : 1; i < 4; ++i) {
-            const int slot = i == 0 ? 0 : i == 1 ? apart : main_end + i - 2;
-            const bool is_one = i != 1 || (has_apart && !(has_0 && apart == 0));
-            if (is_one && slot < share && owns(slot)) special(slot);
+        for (int i = 0;; ++i, own += block_threads()) {
+            const int special = i == 0 ? (has_0 ? 0 : -1) : i == 1 ? (has_apart ? apart : -1) : main_end + i - 2;
+            const int slot = all ? own : special;
+            if (all ? slot >= count : i == 4) break;
+            if (all || (slot >= 0 && slot < share && owns(slot) && !(i == 1 && has_0 && slot == 0))) visit(slot);
         }
     }
 

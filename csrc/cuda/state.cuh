@@ -87,19 +87,18 @@ struct Stage1 {
         const float z_origin = origin_of(shift_of(state.z_peak), row.k);
         const float u_origin = origin_of(shift_of(state.u_peak), row.k);
         const float hard_origin = origin_of(shift_of(state.z_peak), kLog2E);
-#pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) {
-            const float x = fma(z[j], row.k, -z_origin);
+        const auto column = [&](int j, float z_j, float u_j) {
+            const float x = fma(z_j, row.k, -z_origin);
             const float s = exp2(x);
             if (kCareful && first + j == row.label) {
-                state.z_y = z[j];
+                state.z_y = z_j;
                 state.s_y = s;
             } else {
                 state.s += s;
-                state.others += kPower ? s * s : exp2(fma(z[j], kLog2E, -hard_origin));
+                state.others += kPower ? s * s : exp2(fma(z_j, kLog2E, -hard_origin));
             }
             if constexpr (kSoft) {
-                const float y = fma(u[j], row.k, -u_origin);
+                const float y = fma(u_j, row.k, -u_origin);
                 const float t = exp2(y);
                 state.t += t;
                 const bool nothing = kCareful && (kMoment == Moment::kStudentRatio ? s : t) == 0.0f;
@@ -108,8 +107,14 @@ struct Stage1 {
             }
             if (!kPower && row.smooth) {
                 const bool inside = first + j >= 0 && first + j < row.n;
-                state.sum_z += inside ? z[j] - row.anchor : 0.0f;
+                state.sum_z += inside ? z_j - row.anchor : 0.0f;
             }
+        };
+        if constexpr (kCareful) {
+            for_columns(z, u, column);
+        } else {
+#pragma unroll
+            for (int j = 0; j < Vec<T>::kColumns; ++j) column(j, z[j], u[j]);
         }
     }
 
@@ -131,10 +136,14 @@ struct Stage1 {
     static FASTKD_D RowState merge(RowState state, const RowScale& row) {
         if constexpr (!kSamePeaks)
             rescale(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
-        state.s = warp_sum(state.s);
-        state.others = warp_sum(state.others);
-        if constexpr (kSoft) state.t = warp_sum(state.t);
-        if constexpr (kSoft && kMoment != Moment::kNone) state.moment = warp_sum(state.moment);
+        if constexpr (kSoft) {
+            float sums[] = {state.s, state.others, state.t, state.moment};
+            warp_sums(sums);
+            state.s = sums[0], state.others = sums[1], state.t = sums[2], state.moment = sums[3];
+        } else {
+            state.s = warp_sum(state.s);
+            state.others = warp_sum(state.others);
+        }
         if constexpr (kEntropy) state.entropy = warp_sum(state.entropy);
         if constexpr (!kPower) state.sum_z = warp_sum(state.sum_z);
         return state;

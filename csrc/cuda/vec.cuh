@@ -38,6 +38,23 @@ struct Vec {
     }
 };
 
+// visit(i, column of a, column of b) of every column, a word at a time in a loop that is not unrolled: for what is needed
+// seldom, and would be long. Words go round, since registers have no index.
+template <class T, class Visit>
+FASTKD_D void for_columns(Vec<T> a, Vec<T> b, Visit&& visit) {
+    constexpr int kOfWord = Vec<T>::kColumns / 4;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < kOfWord; ++j) visit(i * kOfWord + j, a[j], b[j]);
+        for (Vec<T>* vec : {&a, &b}) {
+            auto& w = vec->words.word;
+            const uint32_t first = w[0];
+            w[0] = w[1], w[1] = w[2], w[2] = w[3], w[3] = first;
+        }
+    }
+}
+
 // The larger columns of two words, each of one or two columns; of a NaN and a number, the number.
 template <class T>
 FASTKD_D uint32_t max_columns(uint32_t a, uint32_t b) {

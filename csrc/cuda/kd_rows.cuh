@@ -180,18 +180,15 @@ struct KDRow {
         reader.template for_main<false>(reader.is_ragged_at_0(), label_slot, [&](int slot, int place) {
             add(std::false_type(), slot, place);
         });
-        bool all = false;
-        do {
-            if (all) {
-                RowState again;
-                again.z_peak = state.z_peak, again.u_peak = state.u_peak;
-                state = again;
-            }
+        for (bool all = false;; all = true) {
             reader.for_special(all, reader.is_ragged_at_0(), label_slot, [&](int slot) {
                 if (slot < reader.count) add(std::true_type(), slot, reader.place_of(slot));
             });
-            all = !all && !Sums::is_finite(state);
-        } while (all);
+            if (all || Sums::is_finite(state)) break;
+            RowState again;
+            again.z_peak = state.z_peak, again.u_peak = state.u_peak;
+            state = again;
+        }
         Sums::finish(state, row);
         state.z_y = shuffle(state.z_y, label_slot & (kWarp - 1));  // of another warp's label it is 0
         state = Sums::template merge<kResident>(state, row);
@@ -399,7 +396,7 @@ struct KDRow {
                 for (int i = 0; i + 1 < kColumns; ++i) dz[i] = dz[i + 1];
                 dz[kColumns - 1] = value;
             });
-            dz_row.template store<false>(first, dz);
+            dz_row.store(first, dz);
         };
         const bool refill = kForm == Form::kLinear && kResident && next.direct && has_next;
         const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
@@ -410,7 +407,7 @@ struct KDRow {
                 float dz[kColumns];
 #pragma unroll
                 for (int j = 0; j < kColumns; ++j) dz[j] = with_hard(tempered(linear, square, z[j], u[j]), z[j]);
-                dz_row.template store<true>(reader.column(slot), dz);
+                dz_row.store_whole(reader.column(slot), dz);
                 if constexpr (kResident) next.copy(slot, at, refill);
             });
         }

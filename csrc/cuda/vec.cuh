@@ -210,9 +210,9 @@ FASTKD_D uint32_t pack(float low, float high) {
 #endif
 }
 
-// Writes the columns of a step, which lies in the row, on its vectors' boundaries.
+// Writes the columns of a step to where its vectors' boundaries are.
 template <class T, int kStep>
-FASTKD_D void store_whole(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
+FASTKD_D void store_whole(T* to, const float (&values)[kStep]) {
     using R = Row<T, kStep>;
     constexpr int kWords = R::kColumns * R::kSize / 4;
 #pragma unroll
@@ -226,14 +226,14 @@ FASTKD_D void store_whole(const Row<T, kStep>& row, int first, const float (&val
                 words.word[i] = pack<T>(values[start + 2 * i], values[start + 2 * i + 1]);
             }
         }
-        *reinterpret_cast<Words<kWords>*>(row.data + first + start) = words;
+        *reinterpret_cast<Words<kWords>*>(to + start) = words;
     }
 }
 
 // The same of any step; columns outside the row are left out.
 template <class T, int kStep>
 FASTKD_D void store(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
-    if (row.shift == 0 && first >= 0 && first <= row.n - kStep) return store_whole(row, first, values);
+    if (row.shift == 0 && first >= 0 && first <= row.n - kStep) return store_whole(row.data + first, values);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
         if (row.holds(first + j)) from_float(values[j], row.data[first + j]);
@@ -300,21 +300,26 @@ struct Sink {
     DType dtype;
     int n, head;
 
-    // kWhole: the step lies in the row.
-    template <bool kWhole>
+    // A step that lies in the row.
+    FASTKD_D void store_whole(int first, const float (&values)[kColumns]) const {
+        as_its_type([&](auto* row) { fastkd::store_whole(row + first, values); });
+    }
+
+    // Any step.
     FASTKD_D void store(int first, const float (&values)[kColumns]) const {
-        if constexpr (std::is_same_v<T, float>) {
-            if (dtype == DType::kBFloat16) return store_as<bfloat16, kWhole>(first, values);
-            if (dtype == DType::kFloat16) return store_as<float16, kWhole>(first, values);
-        }
-        store_as<T, kWhole>(first, values);
+        as_its_type([&](auto* row) {
+            fastkd::store(Row<std::remove_reference_t<decltype(*row)>, kColumns>(row, n, head), first, values);
+        });
     }
 
 private:
-    template <class Element, bool kWhole>
-    FASTKD_D void store_as(int first, const float (&values)[kColumns]) const {
-        const Row<Element, kColumns> row(reinterpret_cast<Element*>(data), n, head);
-        kWhole ? store_whole(row, first, values) : fastkd::store(row, first, values);
+    template <class Visit>
+    FASTKD_D void as_its_type(Visit&& visit) const {
+        if constexpr (std::is_same_v<T, float>) {
+            if (dtype == DType::kBFloat16) return visit(reinterpret_cast<bfloat16*>(data));
+            if (dtype == DType::kFloat16) return visit(reinterpret_cast<float16*>(data));
+        }
+        visit(reinterpret_cast<T*>(data));
     }
 };
 

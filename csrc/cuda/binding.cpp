@@ -17,8 +17,7 @@ std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz,
     const KDRowsParams p = kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows,
                                           n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     const Queue on = queue(device, stream);
-    const auto differs = [&](const Matrix& matrix) { return matrix.data && matrix.dtype != p.z.dtype; };
-    const DType kernel = differs(p.u) || differs(p.dz) ? DType::kFloat32 : p.z.dtype;
+    const DType kernel = p.common_dtype();
     return kernel == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
            : kernel == DType::kFloat16 ? launch_kd_rows<float16>(p, on)
                                        : launch_kd_rows<float>(p, on);

@@ -35,7 +35,7 @@ void with_type(DType dtype, Visit&& visit) {
 
 extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident, int clusters) {
     const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
-    with_type(p->z.dtype, [&](auto element) {
+    with_type(p->common_dtype(), [&](auto element) {
         using T = decltype(element);
         const Grid grid{cluster, threads, resident, clusters, max_vectors<T>(p->n)};
         const auto run = [&](const auto& functor, auto soft) {

@@ -72,16 +72,17 @@ struct KDRow {
     const KDRowsParams& p;
     Linear<Functor> linear;
     int share;  // vectors of a block
-    float inv_t, k;
-    bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
+    float k;    // log2(e)/T
 
     FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor, int share)
-        : p(p), linear(functor), share(share) {
-        inv_t = kSoft ? 1.0f / p.temperature : 1.0f;
-        k = inv_t * kLog2E;
-        is_power = !p.labels || (!smooths() && (!kSoft || p.temperature == 1.0f || p.temperature == 2.0f));
-    }
+        : p(p), linear(functor), share(share), k(inv_t() * kLog2E) {}
 
+    // Not kept: registers are scarcer than instructions outside the loops.
+    FASTKD_D float inv_t() const { return kSoft ? 1.0f / p.temperature : 1.0f; }
+    // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it.
+    FASTKD_D bool is_power() const {
+        return !p.labels || (!smooths() && (!kSoft || p.temperature == 1.0f || p.temperature == 2.0f));
+    }
     FASTKD_D int rows() const { return static_cast<int>(p.rows); }
     FASTKD_D bool smooths() const { return p.labels && p.smoothing > 0.0f; }
     FASTKD_D bool squares() const { return kSoft && p.temperature == 2.0f; }
@@ -150,7 +151,7 @@ struct KDRow {
         // From the matrix, so that a resident row needs no address here.
         const float anchor = smooths() && task.label >= 0 ? shift_of(open(place(task.row)).x[task.label]) : 0.0f;
         const RowScale row = {k, squares(), smooths(), anchor, task.label, static_cast<int>(p.n)};
-        return is_power ? stage1<true>(reader, row, exchange, turn) : stage1<false>(reader, row, exchange, turn);
+        return is_power() ? stage1<true>(reader, row, exchange, turn) : stage1<false>(reader, row, exchange, turn);
     }
 
     template <bool kPower>
@@ -159,14 +160,14 @@ struct KDRow {
         RowState state;
         Peak<T> z_peak, u_peak;
         if constexpr (kResident) {
-            reader.for_kept([&](int place) {
+            reader.for_kept([&](const Vec<T>* place) {
                 z_peak.include(reader.kept_at(place));
                 if (kSoft) u_peak.include(reader.kept_at(place + kWarp));
             });
             const Peaks peaks = warp_peaks(z_peak, u_peak);
             state.z_peak = peaks.x, state.u_peak = peaks.y;
         }
-        const auto add = [&](auto careful, int slot, int place) {
+        const auto add = [&](auto careful, int slot, const Vec<T>* place) {
             const Vec<T> z = reader.x_at(slot, place), u = kSoft ? reader.y_at(slot, place) : z;
             if constexpr (!kResident) {
                 z_peak.include(z);
@@ -177,7 +178,7 @@ struct KDRow {
             Sums::template add<decltype(careful)::value>(state, z, u, reader.column(slot), row);
         };
         const int label_slot = reader.slot_of(row.label);
-        reader.template for_main<false>(reader.is_ragged_at_0(), label_slot, [&](int slot, int place) {
+        reader.template for_main<false>(reader.is_ragged_at_0(), label_slot, [&](int slot, const Vec<T>* place) {
             add(std::false_type(), slot, place);
         });
         for (bool all = false;; all = true) {
@@ -209,7 +210,7 @@ struct KDRow {
             row.grad_sum = -linear.functor.weight();
         }
         if (p.labels) {
-            const float rounding = is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
+            const float rounding = is_power() ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
             const float log_others = log2f(state.others) + rounding;
             const float t = (row.z_peak - z_y) + log_others * kLn2;
             const LabelTerm term = label_term(t);
@@ -314,10 +315,10 @@ struct KDRow {
     FASTKD_D TermGrad evaluate(const RowNumbers& row, float z, float u, float& p_s, float& excess) const {
         const float lse_t = row.lse_s + row.log_ratio * kLog2E;
         const float offset = offset_between(row.z_peak, row.u_peak);
-        const float shift = (row.u_peak - offset - row.z_peak) * inv_t + row.log_ratio;
+        const float shift = (row.u_peak - offset - row.z_peak) * inv_t() + row.log_ratio;
         const float p_t = exp2((u - row.u_peak) * k - lse_t);
         p_s = exp2((z - row.z_peak) * k - row.lse_s);
-        const float d = log_ratio(z, u, offset, inv_t, shift);
+        const float d = log_ratio(z, u, offset, inv_t(), shift);
         excess = kNear ? Excess(d, p_t, p_s).mass : 0.0f;
         return linear.functor.template column<kNear>(d, p_t, p_s);
     }
@@ -329,11 +330,11 @@ struct KDRow {
         const float z_rounding = rounding_of(row.z_peak, k);
         const auto hard = [&](float rounding) { return task.hard_scale == 0.0f ? 0.0f : task.hard_scale * exp2(rounding - row.lse_h); };
         const bool has_hard = p.labels != nullptr;
-        row.square = has_hard && is_power && squares() ? hard(2.0f * z_rounding) : 0.0f;
-        const float constant = has_hard && is_power && !squares() ? hard(z_rounding) : 0.0f;
+        row.square = has_hard && is_power() && squares() ? hard(2.0f * z_rounding) : 0.0f;
+        const float constant = has_hard && is_power() && !squares() ? hard(z_rounding) : 0.0f;
         row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
         row.label_hard = task.hard_scale * ((smooths() ? p.smoothing - uniform() : 0.0f) - row.rest);
-        linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t, constant);
+        linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t(), constant);
         row.soft_term = linear.c;
     }
 
@@ -345,7 +346,7 @@ struct KDRow {
             stage3<Form::kNear, false>(reader, next, has_next, row, task, place);
         } else if (kSoft && row.form == Form::kFar) {
             stage3<Form::kFar, false>(reader, next, has_next, row, task, place);
-        } else if (is_power) {
+        } else if (is_power()) {
             stage3<Form::kLinear, true>(reader, next, has_next, row, task, place);
         } else {
             stage3<Form::kLinear, false>(reader, next, has_next, row, task, place);
@@ -357,7 +358,7 @@ struct KDRow {
                          const Place& place) {
         const float z_origin = origin_of(row.z_peak, k), u_origin = kSoft ? origin_of(row.u_peak, k) : 0.0f;
         const float hard_origin = origin_of(row.z_peak, kLog2E), even = task.hard_scale * uniform();
-        const float factor = task.soft_scale * inv_t;
+        const auto factor = [&] { return task.soft_scale * inv_t(); };
         // factor·(g − p_s·G), and what of the hard term is folded in.
         const auto tempered = [&](const Linear<Functor>& by, float square, float z, float u) {
             if constexpr (kForm == Form::kLinear) {
@@ -368,7 +369,7 @@ struct KDRow {
             } else {
                 float p_s, excess;
                 const TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
-                return factor * soft_gradient<Functor>(column.g - row.other_side * p_s, p_s, row.grad_sum);
+                return factor() * soft_gradient<Functor>(column.g - row.other_side * p_s, p_s, row.grad_sum);
             }
         };
         linear.c = row.soft_term;
@@ -380,14 +381,14 @@ struct KDRow {
         };
         // The gradient of a vector that may hold the label or stick out of the row.
         const auto careful = [&](int slot) {
-            const int at = reader.place_of(slot), first = reader.column(slot);
-            const Vec<T> z = reader.x_at(slot, at);
+            const int first = reader.column(slot);
+            const Vec<T> z = reader.x_at(slot);
             float dz[kColumns];
-            for_columns(z, kSoft ? reader.y_at(slot, at) : z, [&](int j, float z_j, float u_j) {
+            for_columns(z, kSoft ? reader.y_at(slot) : z, [&](int j, float z_j, float u_j) {
                 float value;
                 if (first + j == task.label) {
                     Linear<Functor> alone = linear;
-                    alone.fold(row.sums, row.grad_sum, row.other_side, factor, 0.0f);
+                    alone.fold(row.sums, row.grad_sum, row.other_side, factor(), 0.0f);
                     value = tempered(alone, 0.0f, z_j, u_j) + row.label_hard;
                 } else {
                     value = with_hard(tempered(linear, square, z_j, u_j), z_j);
@@ -402,7 +403,7 @@ struct KDRow {
         const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
         const int label_slot = reader.slot_of(task.label);
         if constexpr (kForm == Form::kLinear) {
-            reader.template for_main<true>(special_0, label_slot, [&](int slot, int at) {
+            reader.template for_main<true>(special_0, label_slot, [&](int slot, Vec<T>* at) {
                 const Vec<T> z = reader.x_at(slot, at), u = kSoft ? reader.y_at(slot, at) : z;
                 float dz[kColumns];
 #pragma unroll

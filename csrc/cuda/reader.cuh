@@ -54,25 +54,28 @@ struct RowReader {
     static FASTKD_D bool owns(int slot) { return (slot & (block_threads() - 1)) == thread_rank(); }
 
     // Where x's vector of a slot lies; y's is kWarp further. So a thread steps by one stride for both.
-    static FASTKD_D int place_of(int slot) { return slot + (slot & -kWarp) * (kTensors - 1); }
+    FASTKD_D Vec<T>* place_of(int slot) const { return kept + (slot + (slot & -kWarp) * (kTensors - 1)); }
 
     FASTKD_D Vec<T> x_at(int slot) const { return x_at(slot, place_of(slot)); }
     FASTKD_D Vec<T> y_at(int slot) const { return y_at(slot, place_of(slot)); }
-    FASTKD_D Vec<T> x_at(int slot, int place) const { return kResident ? kept_at(place) : x.load(column(slot)); }
-    FASTKD_D Vec<T> y_at(int slot, int place) const { return kResident ? kept_at(place + kWarp) : y.load(column(slot)); }
+    FASTKD_D Vec<T> x_at(int slot, const Vec<T>* place) const { return kResident ? kept_at(place) : x.load(column(slot)); }
+    FASTKD_D Vec<T> y_at(int slot, const Vec<T>* place) const {
+        return kResident ? kept_at(place + kWarp) : y.load(column(slot));
+    }
 
     // Begins the copy of a vector that lies in the row, if ``wanted``; else nothing happens.
-    FASTKD_D void copy(int slot, int place, bool wanted) const {
-        copy_async(kept + place, x.row.data + column(slot), wanted);
-        if constexpr (kPair) copy_async(kept + place + kWarp, y.row.data + column(slot), wanted);
+    FASTKD_D void copy(int slot, Vec<T>* place, bool wanted) const {
+        copy_async(place, x.row.data + column(slot), wanted);
+        if constexpr (kPair) copy_async(place + kWarp, y.row.data + column(slot), wanted);
     }
 
     // Fills any slot.
     FASTKD_D void fill(int slot) const {
-        const int at = column(slot), place = place_of(slot);
+        const int at = column(slot);
+        Vec<T>* const place = place_of(slot);
         if (direct && at >= 0 && at <= x.row.n - kColumns) return copy(slot, place, true);
-        kept[place] = x.load(at);
-        if constexpr (kPair) kept[place + kWarp] = y.load(at);
+        place[0] = x.load(at);
+        if constexpr (kPair) place[kWarp] = y.load(at);
     }
 
     // Begins to fill all slots.
@@ -93,12 +96,12 @@ struct RowReader {
         if constexpr (kReverse && !kResident) {
             const int last = slot < main_end ? slot + (main_end - 1 - slot) / step * step : -1;
             for (int at = last; at >= slot; at -= step) {
-                if (at != stop) main(at, 0);
+                if (at != stop) main(at, kept);
             }
         } else {
 #pragma unroll 1
-            for (int place = place_of(slot);;) {
-                const int end = place_of(stop);
+            for (Vec<T>* place = place_of(slot);;) {
+                const Vec<T>* const end = place_of(stop);
 #pragma unroll 1
                 for (; place < end; place += step * kTensors, slot += step) main(slot, place);
                 if (stop == main_end) break;
@@ -132,17 +135,17 @@ struct RowReader {
         for (int i = 0; i < turns; ++i) visit(thread_rank() + (kReverse && !kResident ? turns - 1 - i : i) * step);
     }
 
-    // The same, forwards, of what is kept.
+    // visit(place) of every vector that is kept.
     template <class Visit>
     FASTKD_D void for_kept(Visit&& visit) const {
-        const int end = place_of(count);
+        const Vec<T>* const end = place_of(count);
 #pragma unroll 2
-        for (int place = place_of(thread_rank()); place < end; place += block_threads() * kTensors) visit(place);
+        for (const Vec<T>* place = place_of(thread_rank()); place < end; place += block_threads() * kTensors) visit(place);
     }
 
-    FASTKD_D Vec<T> kept_at(int place) const {
+    static FASTKD_D Vec<T> kept_at(const Vec<T>* place) {
         Vec<T> vec;
-        vec.words = kept[place].words;
+        vec.words = place->words;
         return vec;
     }
 };

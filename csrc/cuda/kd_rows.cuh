@@ -26,6 +26,23 @@
 
 namespace fastkd {
 
+// What is the same in all rows, beside the params.
+struct RowGrid {
+    int share;      // vectors of a block
+    bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
+    bool smooths;
+};
+
+// The params as the kernel wants them, and all of its grid but the share.
+inline RowGrid prepare_rows(KDRowsParams& p) {
+    // Rows at one distance from each other need no division.
+    const auto is_even = [&](const Matrix& m) { return !m.data || m.outer == m.inner * p.inner_rows; };
+    if (is_even(p.z) && is_even(p.u) && is_even(p.dz)) p.inner_rows = p.rows;
+    const bool smooths = p.labels && p.smoothing > 0.0f;
+    const bool is_power = !p.u.data || p.temperature == 1.0f || p.temperature == 2.0f;
+    return {0, !p.labels || (!smooths && is_power), smooths};
+}
+
 // A row to work on, and what of it is fetched ahead.
 struct Task {
     int row;
@@ -71,20 +88,15 @@ struct KDRow {
 
     const KDRowsParams& p;
     Linear<Functor> linear;
-    int share;  // vectors of a block
-    float k;    // log2(e)/T
+    const RowGrid& grid;
+    float k;  // log2(e)/T
 
-    FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor, int share)
-        : p(p), linear(functor), share(share), k(inv_t() * kLog2E) {}
+    FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor, const RowGrid& grid)
+        : p(p), linear(functor), grid(grid), k(inv_t() * kLog2E) {}
 
     // Not kept: registers are scarcer than instructions outside the loops.
     FASTKD_D float inv_t() const { return kSoft ? 1.0f / p.temperature : 1.0f; }
-    // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it.
-    FASTKD_D bool is_power() const {
-        return !p.labels || (!smooths() && (!kSoft || p.temperature == 1.0f || p.temperature == 2.0f));
-    }
     FASTKD_D int rows() const { return static_cast<int>(p.rows); }
-    FASTKD_D bool smooths() const { return p.labels && p.smoothing > 0.0f; }
     FASTKD_D bool squares() const { return kSoft && p.temperature == 2.0f; }
 
     FASTKD_D Task fetch(int row) const {
@@ -121,12 +133,12 @@ struct KDRow {
         const int n = static_cast<int>(p.n), before = head(row);
         const Source<T> z(p.z.data + row.z, dtype_of(p.z), n, before);
         const Source<T> u = kSoft ? Source<T>(p.u.data + row.u, dtype_of(p.u), n, before) : z;
-        return Reader(z, u, share, dynamic_shared());
+        return Reader(z, u, grid.share, dynamic_shared());
     }
 
     // Zeros in the columns from ``first`` on: those past the vocabulary, or all of a row that does not count.
     FASTKD_D void clear(const Place& place, int64_t first) const {
-        if (!p.dz.data || first == p.columns) return;
+        if (!p.dz.data || static_cast<int>(first) == static_cast<int>(p.columns)) return;
         const int64_t size = size_of(dtype_of(p.dz));
         char* const data = p.dz.data + place.dz;
         store_zeros(data + first * size, data + p.columns * size, cluster_rank() * block_threads() + thread_rank(),
@@ -147,15 +159,15 @@ struct KDRow {
 
     // ---- Stage 1
 
-    FASTKD_D RowState stage1(const Reader& reader, const Task& task, Exchange<RowState>& exchange, int turn) const {
+    FASTKD_D RowState stage1(const Reader& reader, const Task& task, Exchange& exchange, int turn) const {
         // From the matrix, so that a resident row needs no address here.
-        const float anchor = smooths() && task.label >= 0 ? shift_of(open(place(task.row)).x[task.label]) : 0.0f;
-        const RowScale row = {k, squares(), smooths(), anchor, task.label, static_cast<int>(p.n)};
-        return is_power() ? stage1<true>(reader, row, exchange, turn) : stage1<false>(reader, row, exchange, turn);
+        const float anchor = grid.smooths && task.label >= 0 ? shift_of(open(place(task.row)).x[task.label]) : 0.0f;
+        const RowScale row = {k, squares(), grid.smooths, anchor, task.label, static_cast<int>(p.n)};
+        return grid.is_power ? stage1<true>(reader, row, exchange, turn) : stage1<false>(reader, row, exchange, turn);
     }
 
     template <bool kPower>
-    FASTKD_D RowState stage1(const Reader& reader, const RowScale& row, Exchange<RowState>& exchange, int turn) const {
+    FASTKD_D RowState stage1(const Reader& reader, const RowScale& row, Exchange& exchange, int turn) const {
         using Sums = Stage1<kSoft, kPower, Functor>;
         RowState state;
         Peak<T> z_peak, u_peak;
@@ -210,7 +222,7 @@ struct KDRow {
             row.grad_sum = -linear.functor.weight();
         }
         if (p.labels) {
-            const float rounding = is_power() ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
+            const float rounding = grid.is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
             const float log_others = log2f(state.others) + rounding;
             const float t = (row.z_peak - z_y) + log_others * kLn2;
             const LabelTerm term = label_term(t);
@@ -219,7 +231,7 @@ struct KDRow {
             const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
                                            : (z_y - row.z_peak) + term.loss;
             row.lse_h = log_sum * kLog2E;
-            row.hard = term.loss - (smooths() ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
+            row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
         }
         if constexpr (kMoment != Moment::kNone) {
             // Relative to the origins, as the sums are.
@@ -237,7 +249,7 @@ struct KDRow {
 
     // ---- Stage 2
 
-    FASTKD_D SumState stage2(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange, int turn) {
+    FASTKD_D SumState stage2(const Reader& reader, const RowNumbers& row, Exchange& exchange, int turn) {
         linear.prepare(row.sums);
         const float z_origin = origin_of(row.z_peak, k), u_origin = origin_of(row.u_peak, k);
         SumState sums;
@@ -255,12 +267,12 @@ struct KDRow {
         row.soft = result.value, row.grad_sum = result.grad_sum, row.other_side = result.other_side;
         // The hardware's logarithm is off by up to 4e-7.
         const bool is_rough = !Functor::kTwoSided && row.soft < 2.0f * kFewDigits * linear.weights();
-        row.again = is_near(row) ? Again::kNear : is_rough ? Again::kFar : Again::kNo;
+        row.again = is_near(row) ? Again::kNear : is_rough || !linear.is_served() ? Again::kFar : Again::kNo;
         return row;
     }
 
     template <bool kNear>
-    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange,
+    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange& exchange,
                                         int turn) const {
         SumState sums;
         reader.template for_each<true>([&](int slot) {
@@ -276,7 +288,7 @@ struct KDRow {
         return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
     }
 
-    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange<SumState>& exchange,
+    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange& exchange,
                                         int turn) const {
         return row.again == Again::kFar ? stage2_by_functor<false>(reader, row, exchange, turn)
                                         : stage2_by_functor<true>(reader, row, exchange, turn);
@@ -330,15 +342,15 @@ struct KDRow {
         const float z_rounding = rounding_of(row.z_peak, k);
         const auto hard = [&](float rounding) { return task.hard_scale == 0.0f ? 0.0f : task.hard_scale * exp2(rounding - row.lse_h); };
         const bool has_hard = p.labels != nullptr;
-        row.square = has_hard && is_power() && squares() ? hard(2.0f * z_rounding) : 0.0f;
-        const float constant = has_hard && is_power() && !squares() ? hard(z_rounding) : 0.0f;
+        row.square = has_hard && grid.is_power && squares() ? hard(2.0f * z_rounding) : 0.0f;
+        const float constant = has_hard && grid.is_power && !squares() ? hard(z_rounding) : 0.0f;
         row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
-        row.label_hard = task.hard_scale * ((smooths() ? p.smoothing - uniform() : 0.0f) - row.rest);
+        row.label_hard = task.hard_scale * ((grid.smooths ? p.smoothing - uniform() : 0.0f) - row.rest);
         linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t(), constant);
         row.soft_term = linear.c;
     }
 
-    FASTKD_D float uniform() const { return smooths() ? p.smoothing / static_cast<float>(p.n) : 0.0f; }
+    FASTKD_D float uniform() const { return grid.smooths ? p.smoothing / static_cast<float>(p.n) : 0.0f; }
 
     FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
                          const Place& place) {
@@ -346,7 +358,7 @@ struct KDRow {
             stage3<Form::kNear, false>(reader, next, has_next, row, task, place);
         } else if (kSoft && row.form == Form::kFar) {
             stage3<Form::kFar, false>(reader, next, has_next, row, task, place);
-        } else if (is_power()) {
+        } else if (grid.is_power) {
             stage3<Form::kLinear, true>(reader, next, has_next, row, task, place);
         } else {
             stage3<Form::kLinear, false>(reader, next, has_next, row, task, place);
@@ -451,17 +463,13 @@ struct KDRow {
 };
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const Functor functor, int share) {
-    FASTKD_SHARED(Exchange<RowState>, state_exchange);
-    FASTKD_SHARED(Exchange<SumState>, sum_exchange);
+FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
+    FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(RowNumbers, numbers);
     using Kernel = KDRow<T, Functor, kSoft, kResident>;
-    Kernel kernel(p, functor, share);
+    Kernel kernel(p, functor, grid);
 
-    if (thread_rank() == 0) {
-        state_exchange.init();
-        sum_exchange.init();
-    }
+    if (thread_rank() == 0) exchange.init();
     cluster_arrive();
     const int step = grid_blocks() / cluster_size();
     Task task = kernel.next_that_counts(kernel.fetch(block_rank() / cluster_size()), step);
@@ -479,21 +487,21 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
         }
         block_barrier();
     };
-    for (int state_turn = 0, sum_turn = 0; task.row < kernel.rows();) {
+    for (int turn = 0; task.row < kernel.rows();) {
         Task next = kernel.fetch(task.row + step);
-        if (p.from_stats) {
+        if (!kResident && p.from_stats) {
             block_barrier();
             publish(task, [&] { return kernel.from_stats(p.stats + static_cast<int64_t>(task.row) * kNumStats); });
         } else {
             copy_async_wait();
-            const RowState state = kernel.stage1(reader, task, state_exchange, state_turn++);
+            const RowState state = kernel.stage1(reader, task, exchange, turn++);
             publish(task, [&] { return kernel.normalise(state, task); });
             if constexpr (Kernel::kSummed) {
-                const SumState sums = kernel.stage2(reader, numbers, sum_exchange, sum_turn++);
+                const SumState sums = kernel.stage2(reader, numbers, exchange, turn++);
                 publish(task, [&] { return kernel.with_sums(numbers, sums); });
             }
             while (kSoft && numbers.again != Again::kNo) {
-                const SumState sums = kernel.stage2_by_functor(reader, numbers, sum_exchange, sum_turn++);
+                const SumState sums = kernel.stage2_by_functor(reader, numbers, exchange, turn++);
                 publish(task, [&] { return kernel.with_functor_sums(numbers, sums); });
             }
             if (kernel.is_first()) kernel.write(numbers, task.row);

@@ -9,9 +9,7 @@ namespace fastkd {
 template <class T>
 std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue) {
     KDRowsParams p = params;
-    // Rows at one distance from each other need no division.
-    const auto is_even = [&](const Matrix& m) { return !m.data || m.outer == m.inner * p.inner_rows; };
-    if (is_even(p.z) && is_even(p.u) && is_even(p.dz)) p.inner_rows = p.rows;
+    RowGrid grid = prepare_rows(p);
     const auto run = [&](const auto& functor, auto soft) {
         using Functor = std::decay_t<decltype(functor)>;
         constexpr bool kSoft = decltype(soft)::value;
@@ -21,9 +19,9 @@ std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue) {
         kernels.walks = true;
         kernels.companion = scale_kernel_of(p.dz.data ? p.dz.dtype : p.z.dtype);
         Functor f = functor;
-        int share;
-        void* arguments[] = {&p, &f, &share};
-        return launch("kd_rows", kernels, {max_vectors<T>(p.n), kSoft ? 2 : 1, p.rows, p.columns}, arguments, share, queue);
+        void* arguments[] = {&p, &f, &grid};
+        const Sizes sizes = {max_vectors<T>(p.n), kSoft ? 2 : 1, p.rows, p.columns};
+        return launch("kd_rows", kernels, sizes, arguments, grid.share, queue);
     };
     const Numbers numbers{static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w};
     if (!p.u.data) return run(NoSoftTerm{}, std::false_type{});

@@ -91,20 +91,16 @@ struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
     FASTKD_D float c_t() const { return kT ? functor.numbers.c_t : 0.0f; }
     FASTKD_D float c_s() const { return kS ? functor.numbers.c_s : 0.0f; }
 
-    // κ/w; 0 of a Jensen-Shannon divergence, but for a rounding.
-    FASTKD_D float share_weight() const {
+    // κ/w. With both terms it is 0 for a Jensen-Shannon divergence; others are left to the functor.
+    static constexpr bool kShare = kT != kS;
+    FASTKD_D float share_weight() const { return kS ? c_s() : -c_t() * (1.0f - functor.numbers.w) / functor.numbers.w; }
+    FASTKD_D bool is_served() const {
         const float w = functor.numbers.w;
-        if constexpr (!kS) return -c_t() * (1.0f - w) / w;
-        if constexpr (!kT) return c_s();
-        const float kappa = c_s() * w - c_t() * (1.0f - w);
-        return abs(kappa) < 1e-6f * (c_s() + c_t()) ? 0.0f : kappa / w;
+        return kShare || abs(c_s() * w - c_t() * (1.0f - w)) < 1e-6f * weights();
     }
 
     // q = ratio·2^e.
-    FASTKD_D void prepare(const Normalisers& row) {
-        c.ratio = odds() * row.teacher / row.student;
-        c.other = share_weight();
-    }
+    FASTKD_D void prepare(const Normalisers& row) { c.ratio = odds() * row.teacher / row.student; }
 
     // Σ s·log₂(1+q), Σ t·(e − log₂(1+q)) and Σ s·q/(1+q); t is s·2^e, so s may be next to nothing but not 0.
     FASTKD_D void add(SumState& sums, float x, float y) const {
@@ -115,7 +111,7 @@ struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
         const float log_over = log2(over_student);
         if (kS) sums.first = fma(s, log_over, sums.first);
         if (kT) sums.second = fma(s * quotient, e - log_over, sums.second);
-        if (has_share()) sums.third = fma(s, divide(quotient, over_student), sums.third);
+        if constexpr (kShare) sums.third = fma(s, divide(quotient, over_student), sums.third);
     }
 
     FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row) const {
@@ -125,7 +121,7 @@ struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
         float value = 0.0f;
         if (kT) value += c_t() * (sums.second * row.teacher + log_odds - log2f(w));
         if (kS) value += c_s() * (of_student - log2f(1.0f - w));
-        const float share = has_share() ? share_weight() * c.ratio * sums.third * row.student : 0.0f;
+        const float share = kShare ? share_weight() * c.ratio * sums.third * row.student : 0.0f;
         return {value * kLn2, c_s() * kLn2 * of_student + share, 0.0f};
     }
 
@@ -134,7 +130,7 @@ struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
         const float scale = factor * row.student;
         c.base = constant - scale * grad_sum;
         c.slope = -scale * c_s() * kLn2;
-        c.other = scale * share_weight() * c.ratio;
+        c.other = kShare ? scale * share_weight() * c.ratio : 0.0f;
     }
 
     FASTKD_D float coefficient(float x, float y, float) const {
@@ -143,18 +139,16 @@ struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
         const float over_student = fma(quotient, c.ratio, 1.0f);
         float sum = c.base;
         if (kS) sum = fma(c.slope, log2(over_student), sum);
-        if (has_share()) sum = fma(c.other, divide(quotient, over_student), sum);
+        if constexpr (kShare) sum = fma(c.other, divide(quotient, over_student), sum);
         return sum;
     }
-
-private:
-    FASTKD_D bool has_share() const { return !kT || !kS || c.other != 0.0f; }
 };
 
 template <>
 struct Linear<TotalVariation> {
     static constexpr bool kTeacher = false;
     FASTKD_D float weights() const { return 1.0f; }
+    FASTKD_D bool is_served() const { return true; }
     TotalVariation functor;
     Coefficients c = {};
 

@@ -27,17 +27,17 @@ struct PeakSum {
 
 // What a reduction gives its first warp, for all.
 template <class State, class Merge>
-FASTKD_D State reduce_for_all(Exchange<State>& exchange, State state, Merge&& merge) {
+FASTKD_D State reduce_for_all(Exchange& exchange, State state, Merge&& merge) {
     state = exchange.reduce(merge(state), 0, merge);
     if (thread_rank() == 0) memcpy(&exchange.warps[0], &state, sizeof(State));
     block_barrier();
-    memcpy(&state, &exchange.warps[0], sizeof(State));
+    memcpy(static_cast<void*>(&state), &exchange.warps[0], sizeof(State));
     return state;
 }
 
 template <class T, class Out, bool kResident>
 FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p, int share) {
-    FASTKD_SHARED(Exchange<PeakSum>, exchange);
+    FASTKD_SHARED(Exchange, exchange);
     constexpr int kColumns = Vec<T>::kColumns;
     if (thread_rank() == 0) exchange.init();
     cluster_arrive();
@@ -88,7 +88,7 @@ struct Sum {
 
 template <class T, class Out, bool kResident>
 FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmaxParams p, int share) {
-    FASTKD_SHARED(Exchange<Sum>, exchange);
+    FASTKD_SHARED(Exchange, exchange);
     constexpr int kColumns = Vec<Out>::kColumns;
     if (thread_rank() == 0) exchange.init();
     cluster_arrive();

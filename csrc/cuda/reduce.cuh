@@ -29,18 +29,16 @@ FASTKD_D void warp_sums(float (&x)[4]) {
 
 FASTKD_D bool in_first_warp() { return thread_rank() < kWarp; }
 
-// The states of the warps of a block and of the blocks of a cluster. A State is a struct of floats that, by default, has
-// seen nothing; here it lies as its bytes, since shared memory has no constructors.
+// Where the warps of a block and the blocks of a cluster leave their states. A State is a struct of floats that, by
+// default, has seen nothing; here it lies as its bytes, since shared memory has no constructors.
 //
 // Each warp leaves its state in ``warps``. The first warp merges these, stores the block's state to every block of the
 // cluster, itself included, and merges what came. Stores complete on the receiver's barrier, so nobody waits for a
 // cluster. The turn of a reduction chooses between two sets of places: a block that is one ahead writes to the other
 // set, and none can be two ahead, since the reduction between needs the state of all.
-template <class State>
 struct Exchange {
-    static constexpr int kValues = static_cast<int>(sizeof(State) / sizeof(float));
     struct alignas(16) Place {
-        float values[kValues];
+        float values[12];
     };
 
     Place warps[kMaxWarps];
@@ -53,14 +51,16 @@ struct Exchange {
     }
 
     // ``state`` is that of the warp, and merge(state) merges one state a lane, in every lane. The first warp returns the
-    // whole row's; the others return before, and wait for what it makes of it. Every thread of the cluster calls this.
-    template <class Merge>
+    // whole row's; the others return before, and wait for what it makes of it. Every thread of the cluster calls this,
+    // with turn 0, 1, 2, ...
+    template <class State, class Merge>
     FASTKD_D State reduce(State state, int turn, Merge&& merge) {
+        static_assert(sizeof(State) <= sizeof(Place), "a state fits a place");
         const int lane = thread_rank() % kWarp, size = cluster_size();
         if (lane == 0) memcpy(&warps[thread_rank() / kWarp], &state, sizeof(State));
         block_barrier();
         if (!in_first_warp()) return state;
-        state = merge(state_in(warps, lane, block_threads() / kWarp));
+        state = merge(state_in<State>(warps, lane, block_threads() / kWarp));
         if (!kHasClusters || size == 1) return state;
         Place* places = blocks[turn % 2];
         Barrier* barrier = &barriers[turn % 2];
@@ -68,16 +68,18 @@ struct Exchange {
         if (lane < size) {
             Place own;
             memcpy(&own, &state, sizeof(State));
-            for (int i = 0; i < kValues; ++i) store_async(&places[cluster_rank()].values[i], lane, own.values[i], barrier);
+            for (int i = 0; i < static_cast<int>(sizeof(State) / sizeof(float)); ++i)
+                store_async(&places[cluster_rank()].values[i], lane, own.values[i], barrier);
         }
         barrier_wait(barrier, turn / 2 % 2);
-        return merge(state_in(places, lane, size));
+        return merge(state_in<State>(places, lane, size));
     }
 
-private:
+   private:
+    template <class State>
     static FASTKD_D State state_in(const Place* places, int lane, int count) {
         State state;
-        if (lane < count) memcpy(&state, &places[lane], sizeof(State));
+        if (lane < count) memcpy(static_cast<void*>(&state), &places[lane], sizeof(State));
         return state;
     }
 };

@@ -105,7 +105,7 @@ struct Peaks {
 template <class T>
 FASTKD_D Peaks warp_peaks(const Peak<T>& x, const Peak<T>& y) {
     if constexpr (sizeof(T) == 4) return {warp_max(x.value()), warp_max(y.value())};
-    uint32_t both = max_columns<T>(x.word & 0xffffu | y.word << 16, x.word >> 16 | y.word & 0xffff0000u);
+    uint32_t both = max_columns<T>((x.word & 0xffffu) | y.word << 16, x.word >> 16 | (y.word & 0xffff0000u));
     for (int mask = kWarp / 2; mask > 0; mask /= 2) both = max_columns<T>(both, shuffle_xor(both, mask));
     Vec<T> vec;
     vec.words.word[0] = both;

@@ -14,15 +14,17 @@ struct Grid {
     int64_t vectors;
 };
 
-template <class Resident, class Streaming, class... Arguments>
-void launch(const Grid& grid, Resident resident, Streaming streaming, const Arguments&... arguments) {
-    // Fewer clusters than rows, which each then walk.
+// Sets ``share``, the vectors of a block, which is or is part of the kernel's ``last`` argument.
+template <class Resident, class Streaming, class Last, class... Arguments>
+void launch(const Grid& grid, Resident resident, Streaming streaming, int& share, const Last& last,
+            const Arguments&... arguments) {
     const int cluster = grid.resident ? grid.cluster : 1;
-    const int share = static_cast<int>((grid.vectors + cluster - 1) / cluster);
+    share = static_cast<int>((grid.vectors + cluster - 1) / cluster);
+    // Fewer clusters than rows, which each then walk.
     if (grid.resident) {
-        simt::launch(resident, grid.clusters, cluster, grid.threads, kept_bytes(share, 2), arguments..., share);
+        simt::launch(resident, grid.clusters, cluster, grid.threads, kept_bytes(share, 2), arguments..., last);
     } else {
-        simt::launch(streaming, grid.clusters, cluster, grid.threads, 0, arguments..., share);
+        simt::launch(streaming, grid.clusters, cluster, grid.threads, 0, arguments..., last);
     }
 }
 
@@ -41,7 +43,10 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
         const auto run = [&](const auto& functor, auto soft) {
             using Functor = std::decay_t<decltype(functor)>;
             constexpr bool kSoft = decltype(soft)::value;
-            launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, *p, functor);
+            KDRowsParams params = *p;
+            RowGrid rows = prepare_rows(params);
+            launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, rows.share,
+                   rows, params, functor);
         };
         if (p->u.data) {
             Divergences::dispatch(numbers, [&](const auto& functor) { run(functor, std::true_type{}); });
@@ -59,10 +64,12 @@ extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int thr
             using Out = decltype(other);
             const Grid grid{cluster, threads, resident, static_cast<int>(p->rows),
                             backward ? max_vectors<Out>(p->columns) : max_vectors<T>(p->columns)};
+            int share;
             if (backward) {
-                launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, *p);
+                launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, share,
+                       share, *p);
             } else {
-                launch(grid, log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>, *p);
+                launch(grid, log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>, share, share, *p);
             }
         });
     });

@@ -31,16 +31,21 @@ struct RowGrid {
     int share;      // vectors of a block
     bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
     bool smooths;
+    float near_below;    // rows of a smaller S take the near form
+    float log_w, log_v;  // log₂ of w and 1 − w
 };
 
 // The params as the kernel wants them, and all of its grid but the share.
-inline RowGrid prepare_rows(KDRowsParams& p) {
+template <class Functor>
+RowGrid prepare_rows(KDRowsParams& p, const Functor& functor) {
     // Rows at one distance from each other need no division.
     const auto is_even = [&](const Matrix& m) { return !m.data || m.outer == m.inner * p.inner_rows; };
     if (is_even(p.z) && is_even(p.u) && is_even(p.dz)) p.inner_rows = p.rows;
     const bool smooths = p.labels && p.smoothing > 0.0f;
     const bool is_power = !p.u.data || p.temperature == 1.0f || p.temperature == 2.0f;
-    return {0, !p.labels || (!smooths && is_power), smooths};
+    const double w = p.w;
+    return {0, !p.labels || (!smooths && is_power), smooths, functor.near_below(), static_cast<float>(std::log2(w)),
+            static_cast<float>(std::log2(1.0 - w))};
 }
 
 // A row to work on, and what of it is fetched ahead.
@@ -245,7 +250,7 @@ struct KDRow {
         return row;
     }
 
-    FASTKD_D bool is_near(const RowNumbers& row) const { return row.soft < linear.functor.near_below(); }
+    FASTKD_D bool is_near(const RowNumbers& row) const { return row.soft < grid.near_below; }
 
     // ---- Stage 2
 
@@ -263,7 +268,7 @@ struct KDRow {
 
     FASTKD_D RowNumbers with_sums(RowNumbers row, const SumState& sums) {
         linear.prepare(row.sums);
-        const RowSums result = linear.finish(sums, row.sums);
+        const RowSums result = linear.finish(sums, row.sums, grid.log_w, grid.log_v);
         row.soft = result.value, row.grad_sum = result.grad_sum, row.other_side = result.other_side;
         // The hardware's logarithm is off by up to 4e-7.
         const bool is_rough = !Functor::kTwoSided && row.soft < 2.0f * kFewDigits * linear.weights();

@@ -9,7 +9,6 @@ namespace fastkd {
 template <class T>
 std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue) {
     KDRowsParams p = params;
-    RowGrid grid = prepare_rows(p);
     const auto run = [&](const auto& functor, auto soft) {
         using Functor = std::decay_t<decltype(functor)>;
         constexpr bool kSoft = decltype(soft)::value;
@@ -19,6 +18,7 @@ std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue) {
         kernels.walks = true;
         kernels.companion = scale_kernel_of(p.dz.data ? p.dz.dtype : p.z.dtype);
         Functor f = functor;
+        RowGrid grid = prepare_rows(p, functor);
         void* arguments[] = {&p, &f, &grid};
         const Sizes sizes = {max_vectors<T>(p.n), kSoft ? 2 : 1, p.rows, p.columns};
         return launch("kd_rows", kernels, sizes, arguments, grid.share, queue);

@@ -114,13 +114,13 @@ struct Linear<MixtureKL<kT, kS, Mix::kBoth>> {
         if constexpr (kShare) sums.third = fma(s, divide(quotient, over_student), sums.third);
     }
 
-    FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row) const {
-        const float w = functor.numbers.w;
-        const float log_odds = log2f(odds()) - row.log_ratio;  // of q, above e
+    // log_w, log_v: log₂ of w and 1 − w.
+    FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row, float log_w, float log_v) const {
+        const float log_odds = log_w - log_v - row.log_ratio;  // of q, above e
         const float of_student = -sums.first * row.student;
         float value = 0.0f;
-        if (kT) value += c_t() * (sums.second * row.teacher + log_odds - log2f(w));
-        if (kS) value += c_s() * (of_student - log2f(1.0f - w));
+        if (kT) value += c_t() * (sums.second * row.teacher + log_odds - log_w);
+        if (kS) value += c_s() * (of_student - log_v);
         const float share = kShare ? share_weight() * c.ratio * sums.third * row.student : 0.0f;
         return {value * kLn2, c_s() * kLn2 * of_student + share, 0.0f};
     }
@@ -163,7 +163,7 @@ struct Linear<TotalVariation> {
         difference > 0.0f ? sums.second += s : sums.third += s;
     }
 
-    FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row) const {
+    FASTKD_D RowSums finish(const SumState& sums, const Normalisers& row, float, float) const {
         const bool above = sums.second <= sums.third;
         return {0.5f * sums.first * row.student, row.student * (above ? sums.second : -sums.third), above ? 0.0f : 1.0f};
     }

@@ -44,7 +44,7 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
             using Functor = std::decay_t<decltype(functor)>;
             constexpr bool kSoft = decltype(soft)::value;
             KDRowsParams params = *p;
-            RowGrid rows = prepare_rows(params);
+            RowGrid rows = prepare_rows(params, functor);
             launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, rows.share,
                    rows, params, functor);
         };

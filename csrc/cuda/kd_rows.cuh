@@ -87,7 +87,7 @@ struct RowNumbers {
 template <class T, class Functor, bool kSoft, bool kResident>
 struct KDRow {
     static constexpr int kColumns = Vec<T>::kColumns;
-    static constexpr Moment kMoment = Functor::kMoment;
+    static constexpr Moment kMoment = kMomentOf<Functor>;
     static constexpr bool kSummed = kSoft && kMoment == Moment::kNone;  // stage 2 always runs
     using Reader = RowReader<T, kSoft, kResident>;
 

@@ -15,6 +15,10 @@
 
 namespace fastkd {
 
+// What stage 1 averages here: where S does not follow from it, a walk from coefficients tells as early.
+template <class Functor>
+constexpr Moment kMomentOf = Functor::kMeanIsValue ? Functor::kMoment : Moment::kNone;
+
 // Where the exponents of a peak begin: rounded, and the sums are relative to what it is rounded to.
 FASTKD_D float origin_of(float peak, float k) {
 #ifdef __CUDA_ARCH__
@@ -45,7 +49,7 @@ struct RowScale {
 // kPower: ``others`` comes from s, since T is 1 or 2 and nothing is smoothed.
 template <bool kSoft, bool kPower, class Functor>
 struct Stage1 {
-    static constexpr Moment kMoment = Functor::kMoment;
+    static constexpr Moment kMoment = kMomentOf<Functor>;
     static constexpr bool kEntropy = Functor::kEntropy;
 
     static FASTKD_D float moment_of(float s, float t, float x, float y) {

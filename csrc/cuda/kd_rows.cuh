@@ -357,21 +357,19 @@ struct KDRow {
 
     FASTKD_D float uniform() const { return grid.smooths ? p.smoothing / static_cast<float>(p.n) : 0.0f; }
 
-    FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
+    // Whether the places of the vectors were filled with those of the next row, if it has_next, as they became free.
+    FASTKD_D bool stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
                          const Place& place) {
-        if (kSoft && row.form == Form::kNear) {
-            stage3<Form::kNear, false>(reader, next, has_next, row, task, place);
-        } else if (kSoft && row.form == Form::kFar) {
-            stage3<Form::kFar, false>(reader, next, has_next, row, task, place);
-        } else if (grid.is_power) {
-            stage3<Form::kLinear, true>(reader, next, has_next, row, task, place);
-        } else {
-            stage3<Form::kLinear, false>(reader, next, has_next, row, task, place);
-        }
+        if (kSoft && row.form == Form::kNear)
+            return stage3<Form::kNear, false>(reader, next, has_next, row, task, place);
+        if (kSoft && row.form == Form::kFar)
+            return stage3<Form::kFar, false>(reader, next, has_next, row, task, place);
+        return grid.is_power ? stage3<Form::kLinear, true>(reader, next, has_next, row, task, place)
+                             : stage3<Form::kLinear, false>(reader, next, has_next, row, task, place);
     }
 
     template <Form kForm, bool kPower>
-    FASTKD_D void stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
+    FASTKD_D bool stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
                          const Place& place) {
         const float z_origin = origin_of(row.z_peak, k), u_origin = kSoft ? origin_of(row.u_peak, k) : 0.0f;
         const float hard_origin = origin_of(row.z_peak, kLog2E), even = task.hard_scale * uniform();
@@ -433,7 +431,7 @@ struct KDRow {
             if (slot < reader.count) careful(slot);
             if (refill && slot < next.count) next.fill(slot);
         });
-        if (has_next && !refill) next.start();
+        return refill;
     }
 
     // ---- A row
@@ -514,12 +512,13 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
         next = kernel.next_that_counts(next, step);
         const Place next_place = kernel.place(next.row);
         const auto next_reader = kernel.open(next_place);
+        const bool has_next = next.row < kernel.rows();
+        bool refilled = false;
         if (p.dz.data) {
-            kernel.stage3(reader, next_reader, next.row < kernel.rows(), numbers, task, place);
+            refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
             kernel.clear(place, p.n);
-        } else if (next.row < kernel.rows()) {
-            next_reader.start();
         }
+        if (has_next && !refilled) next_reader.start();
         task = next, place = next_place;
         reader = next_reader;
     }

@@ -28,7 +28,8 @@ namespace fastkd {
 
 // What is the same in all rows, beside the params.
 struct RowGrid {
-    int share;      // vectors of a block
+    int share;          // vectors of a block
+    bool hard, writes;  // there are labels; there is a gradient to write
     bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
     bool smooths;
     float near_below;    // rows of a smaller S take the near form
@@ -44,8 +45,13 @@ RowGrid prepare_rows(KDRowsParams& p, const Functor& functor) {
     const bool smooths = p.labels && p.smoothing > 0.0f;
     const bool is_power = !p.u.data || p.temperature == 1.0f || p.temperature == 2.0f;
     const double w = p.w;
-    return {0, !p.labels || (!smooths && is_power), smooths, functor.near_below(), static_cast<float>(std::log2(w)),
-            static_cast<float>(std::log2(1.0 - w))};
+    RowGrid grid;
+    grid.hard = p.labels, grid.writes = p.dz.data;
+    grid.is_power = !p.labels || (!smooths && is_power);
+    grid.smooths = smooths;
+    grid.near_below = functor.near_below();
+    grid.log_w = static_cast<float>(std::log2(w)), grid.log_v = static_cast<float>(std::log2(1.0 - w));
+    return grid;
 }
 
 // A row to work on, and what of it is fetched ahead.
@@ -108,10 +114,10 @@ struct KDRow {
         Task task = {row, 0.0f, 0.0f, -1};
         if (row >= rows()) return task;
         if (kSoft) task.soft_scale = p.soft_scale[row];
-        if (p.labels) {
+        if (grid.hard) {
             task.hard_scale = p.hard_scale[row];
-            const int64_t label = p.labels[row];
-            if (label >= 0 && label < p.n) task.label = static_cast<int>(label);
+            const uint64_t label = p.labels[row];
+            if (label < static_cast<uint64_t>(p.n)) task.label = static_cast<int>(label);
         }
         return task;
     }
@@ -131,7 +137,7 @@ struct KDRow {
     FASTKD_D DType dtype_of(const Matrix& matrix) const { return sizeof(T) == 2 ? type_of<T>() : matrix.dtype; }
 
     FASTKD_D int head(const Place& row) const {
-        return p.dz.data ? head_of<T>(p.dz.data + row.dz, dtype_of(p.dz)) : head_of<T>(p.z.data + row.z, dtype_of(p.z));
+        return grid.writes ? head_of<T>(p.dz.data + row.dz, dtype_of(p.dz)) : head_of<T>(p.z.data + row.z, dtype_of(p.z));
     }
 
     FASTKD_D Reader open(const Place& row) const {
@@ -143,7 +149,7 @@ struct KDRow {
 
     // Zeros in the columns from ``first`` on: those past the vocabulary, or all of a row that does not count.
     FASTKD_D void clear(const Place& place, int64_t first) const {
-        if (!p.dz.data || static_cast<int>(first) == static_cast<int>(p.columns)) return;
+        if (!grid.writes || static_cast<int>(first) == static_cast<int>(p.columns)) return;
         const int64_t size = size_of(dtype_of(p.dz));
         char* const data = p.dz.data + place.dz;
         store_zeros(data + first * size, data + p.columns * size, cluster_rank() * block_threads() + thread_rank(),
@@ -226,7 +232,7 @@ struct KDRow {
             row.log_ratio = (row.sums.log_ratio + (rounding_of(row.u_peak, k) - z_rounding)) * kLn2;
             row.grad_sum = -linear.functor.weight();
         }
-        if (p.labels) {
+        if (grid.hard) {
             const float rounding = grid.is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
             const float log_others = log2f(state.others) + rounding;
             const float t = (row.z_peak - z_y) + log_others * kLn2;
@@ -346,7 +352,7 @@ struct KDRow {
     FASTKD_D void fold(RowNumbers& row, const Task& task) {
         const float z_rounding = rounding_of(row.z_peak, k);
         const auto hard = [&](float rounding) { return task.hard_scale == 0.0f ? 0.0f : task.hard_scale * exp2(rounding - row.lse_h); };
-        const bool has_hard = p.labels != nullptr;
+        const bool has_hard = grid.hard;
         row.square = has_hard && grid.is_power && squares() ? hard(2.0f * z_rounding) : 0.0f;
         const float constant = has_hard && grid.is_power && !squares() ? hard(z_rounding) : 0.0f;
         row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
@@ -474,7 +480,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
 
     if (thread_rank() == 0) exchange.init();
     cluster_arrive();
-    const int step = grid_blocks() / cluster_size();
+    // A row that is not kept has a block of its own.
+    const int step = kResident ? grid_blocks() / cluster_size() : kernel.rows();
     Task task = kernel.next_that_counts(kernel.fetch(block_rank() / cluster_size()), step);
     Place place = kernel.place(task.row);
     auto reader = kernel.open(place);
@@ -491,7 +498,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
         block_barrier();
     };
     for (int turn = 0; task.row < kernel.rows();) {
-        Task next = kernel.fetch(task.row + step);
+        Task next = {kernel.rows(), 0.0f, 0.0f, -1};
+        if constexpr (kResident) next = kernel.fetch(task.row + step);
         if (!kResident && p.from_stats) {
             block_barrier();
             publish(task, [&] { return kernel.from_stats(p.stats + static_cast<int64_t>(task.row) * kNumStats); });
@@ -509,12 +517,12 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
             }
             if (kernel.is_first()) kernel.write(numbers, task.row);
         }
-        next = kernel.next_that_counts(next, step);
+        if constexpr (kResident) next = kernel.next_that_counts(next, step);
         const Place next_place = kernel.place(next.row);
         const auto next_reader = kernel.open(next_place);
         const bool has_next = next.row < kernel.rows();
         bool refilled = false;
-        if (p.dz.data) {
+        if (grid.writes) {
             refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
             kernel.clear(place, p.n);
         }

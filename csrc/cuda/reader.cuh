@@ -81,7 +81,7 @@ struct RowReader {
     // Begins to fill all slots.
     FASTKD_D void start() const {
         if constexpr (kResident) {
-#pragma unroll 2
+#pragma unroll 1
             for (int slot = thread_rank(); slot < count; slot += block_threads()) fill(slot);
         }
     }
@@ -114,7 +114,8 @@ struct RowReader {
     // visit(slot) of the others, and of slots beyond the row that may belong to the next; or, if ``all``, of every vector.
     template <class Visit>
     FASTKD_D void for_special(bool all, bool special_0, int apart, Visit&& visit) const {
-        const bool has_apart = apart >= 0 && apart < main_end, has_0 = special_0 && main_end > 0;
+        const bool has_apart = static_cast<unsigned>(apart) < static_cast<unsigned>(main_end);
+        const bool has_0 = special_0 && main_end > 0;
         if (!all && !has_0 && !has_apart && main_end == share) return;
         int own = thread_rank();
 #pragma unroll 1

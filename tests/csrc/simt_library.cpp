@@ -10,7 +10,7 @@ namespace {
 struct Grid {
     int cluster, threads;
     bool resident;
-    int clusters;
+    int clusters, rows;
     int64_t vectors;
 };
 
@@ -20,11 +20,10 @@ void launch(const Grid& grid, Resident resident, Streaming streaming, int& share
             const Arguments&... arguments) {
     const int cluster = grid.resident ? grid.cluster : 1;
     share = static_cast<int>((grid.vectors + cluster - 1) / cluster);
-    // Fewer clusters than rows, which each then walk.
-    if (grid.resident) {
+    if (grid.resident) {  // fewer clusters than rows, which each then walk
         simt::launch(resident, grid.clusters, cluster, grid.threads, kept_bytes(share, 2), arguments..., last);
     } else {
-        simt::launch(streaming, grid.clusters, cluster, grid.threads, 0, arguments..., last);
+        simt::launch(streaming, grid.rows, cluster, grid.threads, 0, arguments..., last);
     }
 }
 
@@ -39,7 +38,7 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
     const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
     with_type(p->common_dtype(), [&](auto element) {
         using T = decltype(element);
-        const Grid grid{cluster, threads, resident, clusters, max_vectors<T>(p->n)};
+        const Grid grid{cluster, threads, resident, clusters, static_cast<int>(p->rows), max_vectors<T>(p->n)};
         const auto run = [&](const auto& functor, auto soft) {
             using Functor = std::decay_t<decltype(functor)>;
             constexpr bool kSoft = decltype(soft)::value;
@@ -62,7 +61,7 @@ extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int thr
         with_type(backward ? p->dy.dtype : p->out.dtype, [&](auto other) {
             using T = decltype(x);
             using Out = decltype(other);
-            const Grid grid{cluster, threads, resident, static_cast<int>(p->rows),
+            const Grid grid{cluster, threads, resident, static_cast<int>(p->rows), static_cast<int>(p->rows),
                             backward ? max_vectors<Out>(p->columns) : max_vectors<T>(p->columns)};
             int share;
             if (backward) {

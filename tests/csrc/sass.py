@@ -24,11 +24,20 @@ class Instruction(NamedTuple):
 Loop = list[Instruction]
 
 
-def innermost_loops(code: str) -> list[Loop]:
+def loops(code: str) -> list[Loop]:
     instructions = [Instruction(int(a, 16), p, n, o) for a, p, n, o in INSTRUCTION.findall(code)]
     spans = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
-    innermost = [(a, b) for a, b in spans if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)]
-    return [[i for i in instructions if first <= i.address <= last] for first, last in innermost]
+    return [[i for i in instructions if first <= i.address <= last] for first, last in spans]
+
+
+def innermost_loops(code: str) -> list[Loop]:
+    every = loops(code)
+    spans = [(loop[0].address, loop[-1].address) for loop in every]
+    return [
+        loop
+        for loop, (a, b) in zip(every, spans, strict=True)
+        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
+    ]
 
 
 def count(loop: Loop, name: str) -> int:

@@ -56,6 +56,7 @@ class Grid(NamedTuple):
     cluster: int
     resident: bool
     threads: int = 64
+    clusters: int = 1  # each of which takes several rows
 
 
 def compile_shim(source: str, target: Path, *flags: str) -> None:
@@ -81,7 +82,7 @@ class Simt:
             c_t=spec.c_t, c_s=spec.c_s, w=spec.w, smoothing=spec.label_smoothing, formula=spec.formula,
             from_stats=outputs["hard"] is None,
         )  # fmt: skip
-        self.library.simt_kd_rows(ctypes.byref(params), grid.cluster, grid.threads, grid.resident)
+        self.library.simt_kd_rows(ctypes.byref(params), grid.cluster, grid.threads, grid.resident, grid.clusters)
 
     def log_softmax(
         self,

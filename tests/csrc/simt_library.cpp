@@ -10,16 +10,20 @@ namespace {
 struct Grid {
     int cluster, threads;
     bool resident;
-    int64_t rows;
-    size_t shared;
+    int clusters, rows;
+    int64_t vectors;
 };
 
-template <class Resident, class Streaming, class... Arguments>
-void launch(const Grid& grid, Resident resident, Streaming streaming, const Arguments&... arguments) {
-    if (grid.resident) {
-        simt::launch(resident, grid.rows, grid.cluster, grid.threads, grid.shared, arguments...);
+// Sets ``share``, the vectors of a block, which is or is part of the kernel's ``last`` argument.
+template <class Resident, class Streaming, class Last, class... Arguments>
+void launch(const Grid& grid, Resident resident, Streaming streaming, int& share, const Last& last,
+            const Arguments&... arguments) {
+    const int cluster = grid.resident ? grid.cluster : 1;
+    share = static_cast<int>((grid.vectors + cluster - 1) / cluster);
+    if (grid.resident) {  // fewer clusters than rows, which each then walk
+        simt::launch(resident, grid.clusters, cluster, grid.threads, kept_bytes(share, 2), arguments..., last);
     } else {
-        simt::launch(streaming, grid.rows, grid.cluster, grid.threads, 0, arguments...);
+        simt::launch(streaming, grid.rows, cluster, grid.threads, 0, arguments..., last);
     }
 }
 
@@ -28,20 +32,20 @@ void with_type(DType dtype, Visit&& visit) {
     dtype == DType::kBFloat16 ? visit(bfloat16{}) : dtype == DType::kFloat16 ? visit(float16{}) : visit(0.0f);
 }
 
-// Two rows of any dtype.
-size_t shared_bytes(int64_t columns) { return static_cast<size_t>(columns + 16) * 8; }
-
 }  // namespace
 
-extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->n)};
+extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident, int clusters) {
     const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
-    with_type(p->z.dtype, [&](auto element) {
+    with_type(p->common_dtype(), [&](auto element) {
         using T = decltype(element);
+        const Grid grid{cluster, threads, resident, clusters, static_cast<int>(p->rows), max_vectors<T>(p->n)};
         const auto run = [&](const auto& functor, auto soft) {
             using Functor = std::decay_t<decltype(functor)>;
             constexpr bool kSoft = decltype(soft)::value;
-            launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, *p, functor);
+            KDRowsParams params = *p;
+            RowGrid rows = prepare_rows(params, functor);
+            launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, rows.share,
+                   rows, params, functor);
         };
         if (p->u.data) {
             Divergences::dispatch(numbers, [&](const auto& functor) { run(functor, std::true_type{}); });
@@ -52,21 +56,24 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bo
 }
 
 extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->columns)};
     const bool backward = p->dy.data != nullptr;
     with_type(p->x.dtype, [&](auto x) {
         with_type(backward ? p->dy.dtype : p->out.dtype, [&](auto other) {
             using T = decltype(x);
             using Out = decltype(other);
+            const Grid grid{cluster, threads, resident, static_cast<int>(p->rows), static_cast<int>(p->rows),
+                            backward ? max_vectors<Out>(p->columns) : max_vectors<T>(p->columns)};
+            int share;
             if (backward) {
-                launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, *p);
+                launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, share,
+                       share, *p);
             } else {
-                launch(grid, log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>, *p);
+                launch(grid, log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>, share, share, *p);
             }
         });
     });
 }
 
 extern "C" void simt_scale(const ScaleParams* p, const float* scalar, int threads) {
-    with_type(p->x.dtype, [&](auto x) { simt::launch(scale_kernel<decltype(x)>, p->rows, 1, threads, 0, *p, scalar); });
+    with_type(p->x.dtype, [&](auto x) { simt::launch(scale_kernel<decltype(x)>, static_cast<int>(p->rows), 1, threads, 0, *p, scalar); });
 }

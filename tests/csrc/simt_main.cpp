@@ -27,7 +27,7 @@ int main() {
         for (const int cluster : {1, 2, 4}) {
             for (const float w : {0.0f, 0.5f}) {
                 p.w = w;
-                simt_kd_rows(&p, cluster, 32, resident);
+                simt_kd_rows(&p, cluster, 32, resident, 1);
             }
             l.dy = Matrix{};
             simt_log_softmax(&l, cluster, 32, resident);

@@ -10,7 +10,7 @@ from importlib import util
 
 import torch
 
-from fastkd import _built, _dispatch, _extras
+from fastkd import _built, _dispatch
 from fastkd._version import __version__
 
 

@@ -37,11 +37,11 @@ fi
 
 python=${PYTHON:-python3}
 # In place: the sources of this tree, without an install.
-site=$out/site
+tree=$PWD site=$out/site
 mkdir -p "$site/fastkd"
-for entry in fastkd/*; do ln -sfn "$PWD/$entry" "$site/fastkd/"; done
-ln -sfn "$PWD/kernels" "$site/fastkd/kernels"
-ln -sfn "$PWD/benchmarks" "$site/fastkd/bench"
+for entry in fastkd/*; do ln -sfn "$tree/$entry" "$site/fastkd/"; done
+ln -sfn "$tree/kernels" "$site/fastkd/kernels"
+ln -sfn "$tree/benchmarks" "$site/fastkd/bench"
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 # What Triton has compiled once is there for the stages that follow.
 export TRITON_CACHE_DIR=$out/triton-cache
@@ -60,8 +60,10 @@ build() {
     local arch
     if [[ -n $wheels ]]; then "$python" -m pip install --no-deps --no-index "$wheels"/*.whl || return; fi
     arch=$(gpu compute_cap) || return
+    # Where there is no pyproject.toml, beside which an older setuptools refuses to run.
+    cd "$site" && rm -f fastkd/*.so && ln -sfn "$tree/csrc" "$tree/setup.py" . || return
     FASTKD_REQUIRE=cpu,cuda FASTKD_CUDA_ARCHS=${arch/./} "$python" setup.py build_ext --inplace || return
-    ln -sf "$PWD"/fastkd/*.so "$site/fastkd/"
+    cp fastkd/*.so "$tree/fastkd/"  # for stages that are run later
 }
 
 # Tests on the device, eight at a time; one that hangs is given up, where pytest has the plugins for that.
@@ -114,11 +116,11 @@ metrics+=,dram__bytes_write.sum,launch__registers_per_thread,sm__warps_active.av
 metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
 
 benchmarks() {
-    local name
+    local name options
     name=$(gpu name) || return
     # Interrupted in time to show and draw what it has.
-    timeout --signal=INT $((limit - 15)) "$python" -m fastkd bench ${quick:---full} ${quick:+--seconds=1} \
-        --out "$out/cuda-${name// /-}.json"
+    [[ -n $quick ]] && options=(--seconds=1) || options=(--full)
+    timeout --signal=INT $((limit - 15)) "$python" -m fastkd bench "${options[@]}" --out "$out/cuda-${name// /-}.json"
 }
 
 # Ends every process that a stage left, in whichever group or session it is.
@@ -134,7 +136,7 @@ for stage in "${stages[@]}"; do
     limit=${limits[$stage]:?no stage $stage here}
     start=$SECONDS
     export -f "${stage?}" gpu run_tests
-    export out quick wheels python site limit metrics
+    export out quick wheels python tree site limit metrics
     GPU_REPORT_STAGE=$$-$stage timeout --kill-after=1 "$limit" bash -uo pipefail -c "$stage" >"$out/$stage.log" 2>&1
     status=$?
     end_stage "$$-$stage"

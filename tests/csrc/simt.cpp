@@ -101,8 +101,8 @@ struct Collective {
     }
 };
 
-struct Warp : Collective {
-    Warp() : Collective{kWarpSize} {}
+struct Warp {
+    Collective all{kWarpSize}, shuffle{kWarpSize};
     uint32_t values[kWarpSize];
 };
 
@@ -422,17 +422,17 @@ private:
 
     [[noreturn]] void nothing_can_run() {
         for (const auto& cluster : clusters) {
-            size_t at_cluster = cluster->all.waiting.size(), at_block = 0, at_barrier = 0, at_shuffle = 0;
+            size_t at_cluster = cluster->all.waiting.size(), at_block = 0, at_warp = 0, at_barrier = 0;
             for (const auto& block : cluster->blocks) {
                 if (!block) continue;
                 at_block += block->all.waiting.size();
                 for (const auto& [at, transactions] : block->barriers) at_barrier += transactions.waiting.size();
-                for (const Warp& warp : block->warps) at_shuffle += warp.waiting.size();
+                for (const Warp& warp : block->warps) at_warp += warp.all.waiting.size() + warp.shuffle.waiting.size();
             }
             std::fprintf(stderr,
-                         "simt: in cluster %d %zu threads wait at the cluster's barrier, %zu at a block's, %zu for "
-                         "transactions, %zu at a shuffle; %d have left\n",
-                         cluster->index, at_cluster, at_block, at_barrier, at_shuffle, cluster->left);
+                         "simt: in cluster %d %zu threads wait at its barrier, %zu at a block's, %zu at a warp's, %zu for "
+                         "transactions; %d have left\n",
+                         cluster->index, at_cluster, at_block, at_warp, at_barrier, cluster->left);
         }
         fail("nothing can run");
     }
@@ -478,10 +478,10 @@ uint32_t shuffle(uint32_t x, int lane) {
         Warp& warp = fiber.block.warps[fiber.thread.rank / kWarpSize];
         warp.values[fiber.thread.rank % kWarpSize] = x;
         fiber.lane = lane;
-        scheduler->wait(warp.waiting);
-        if (!warp.is_last()) return;
-        for (Fiber* one : warp.waiting) one->shuffled = warp.values[one->lane];
-        scheduler->wake(warp.waiting);
+        scheduler->wait(warp.shuffle.waiting);
+        if (!warp.shuffle.is_last()) return;
+        for (Fiber* one : warp.shuffle.waiting) one->shuffled = warp.values[one->lane];
+        scheduler->wake(warp.shuffle.waiting);
     });
     return fiber.shuffled;
 }
@@ -511,8 +511,7 @@ void cluster_wait() {
     acquire(&all.tokens[phase % 2]);
 }
 
-void block_barrier() {
-    Collective& all = scheduler->running->block.all;
+void barrier(Collective& all) {
     scheduler->pause();
     char* const token = &all.tokens[all.phase % 2];
     release(token);
@@ -522,6 +521,13 @@ void block_barrier() {
     });
     acquire(token);
 }
+
+void warp_barrier() {
+    Fiber& fiber = *scheduler->running;
+    barrier(fiber.block.warps[fiber.thread.rank / kWarpSize].all);
+}
+
+void block_barrier() { barrier(scheduler->running->block.all); }
 
 void copy_async(void* shared, const void* global) {
     Fiber& fiber = *scheduler->running;

@@ -170,7 +170,9 @@ def counted(code: str, walks: int, item: int) -> dict[str, Any]:
 
     wants = (
         Want("maxima", lambda turn: columns(turn) > 0 and not total(turn, "MUFU", "STG", "LDGSTS"), turns),
-        Want("sums", lambda turn: columns(turn) > 0 and has_exponentials(turn) and not total(turn, "STG"), turns, walks),
+        Want(
+            "sums", lambda turn: columns(turn) > 0 and has_exponentials(turn) and not total(turn, "STG"), turns, walks
+        ),
         Want("gradient", lambda turn: columns(turn) > 0 and has_exponentials(turn) and total(turn, "STG") > 0, turns),
     )
 
@@ -228,14 +230,18 @@ def cases(found: dict[str, Any]) -> Iterator[tuple[str, str, int, Kernel, Grid]]
     for (name, kernel), vocab in product(found["kernels"].items(), VOCABULARIES):
         divergence, dtype = name.split()
         if grid := found["grids"].get(f"{vocab} {dtype}"):
-            yield divergence, dtype, vocab, kernel_of(kernel), Grid(**{**grid, "shared": grid["shared"] + kernel["static"]})
+            yield (
+                divergence,
+                dtype,
+                vocab,
+                kernel_of(kernel),
+                Grid(**{**grid, "shared": grid["shared"] + kernel["static"]}),
+            )
 
 
 def kernel_of(entry: dict[str, Any]) -> Kernel:
     loops = tuple(Loop(x["name"], x["columns"], Issued(x["issues"], x["specials"])) for x in entry["loops"])
-    return Kernel(
-        loops, Issued(**entry["warp"]), Issued(**entry["first_warp"]), entry["exchanges"], entry["registers"]
-    )
+    return Kernel(loops, Issued(**entry["warp"]), Issued(**entry["first_warp"]), entry["exchanges"], entry["registers"])
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:

@@ -1,6 +1,6 @@
-// A CPU in the place of a GPU, and a hostile one: what csrc/cuda/grid.cuh names is defined here, so that the very kernels
-// of the GPU build run, slowly. Each CUDA thread is a fiber, and only one runs at a time; which one, an order drawn from
-// a seed decides. It does what a GPU may do and rarely does:
+// A CPU in the place of a GPU, and a hostile one: what csrc/cuda/grid.cuh names is defined here, so that the very
+// kernels of the GPU build run, slowly. Each CUDA thread is a fiber, and only one runs at a time; which one, an order
+// drawn from a seed decides. It does what a GPU may do and rarely does:
 //
 // - Several clusters run at once; their blocks start late and in any order, and one may starve while others run on.
 // - A block's shared memory appears, full of NaN, when the block starts, and is gone when it has exited. Each variable

@@ -1,7 +1,7 @@
 """What a kernel should cost on a GPU, by a model: predicted, not measured.
 
-A row is loops, each with what a warp issues in a turn and the columns that a turn takes for each thread; and what a warp
-issues outside of them, the first warp of a block more. Counted so (sass.py), a call is bound by the slowest of
+A row is loops, each with what a warp issues in a turn and the columns that a turn takes for each thread; and what a
+warp issues outside of them, the first warp of a block more. Counted so (sass.py), a call is bound by the slowest of
 
 - bytes, at the speed of a copy;
 - issue: four warps' instructions a cycle and SM, none of which is lost;
@@ -154,7 +154,7 @@ FUNCTORS = {
 }
 DTYPES = {"bfloat16": (r"kd_rows_kernelINS\w*8bfloat16E", 2), "float32": ("kd_rows_kernelIf", 4)}
 RESIDENT = r".*Lb1ELb1EEEv"
-LIMITS = (9, 227 << 10, 228 << 10, RESERVED)  # of sm_90, as plan() takes them
+LIMITS = (9, 227 << 10, 228 << 10, RESERVED)  # of sm_90, as plans() takes them
 TENSORS = 2
 
 
@@ -168,16 +168,15 @@ def counted(code: str, walks: int, item: int) -> dict[str, Any]:
     def turns(turn: Counts) -> float:
         return 64 * vector / columns(turn)  # of a long row, so that its ways are weighed as they are there
 
-    wants = (
-        Want("maxima", lambda turn: columns(turn) > 0 and not total(turn, "MUFU", "STG", "LDGSTS"), turns),
-        Want(
-            "sums", lambda turn: columns(turn) > 0 and has_exponentials(turn) and not total(turn, "STG"), turns, walks
-        ),
-        Want("gradient", lambda turn: columns(turn) > 0 and has_exponentials(turn) and total(turn, "STG") > 0, turns),
-    )
+    def is_walk(turn: Counts, *, exponentials: bool, stores: bool) -> bool:
+        found = total(turn, "MUFU.EX2") >= columns(turn) if exponentials else not total(turn, "MUFU", "LDGSTS")
+        return columns(turn) > 0 and found and (total(turn, "STG") > 0) == stores
 
-    def has_exponentials(turn: Counts) -> bool:
-        return total(turn, "MUFU.EX2") >= columns(turn)
+    wants = (
+        Want("maxima", lambda turn: is_walk(turn, exponentials=False, stores=False), turns),
+        Want("sums", lambda turn: is_walk(turn, exponentials=True, stores=False), turns, walks),
+        Want("gradient", lambda turn: is_walk(turn, exponentials=True, stores=True), turns),
+    )
 
     parsed = sass.parse(code)
     labelled = {"LDG.E.64": 1}  # the hard term too: its label is fetched
@@ -214,7 +213,7 @@ def record(cuda: Any, cuobjdump: str) -> dict[str, Any]:
             "registers": registers, "static": static - RESERVED, **counted(codes[name], walks, item)
         }  # fmt: skip
     for vocab, (dtype, (_, item)) in product(VOCABULARIES, DTYPES.items()):
-        resident, cluster, threads, shared = cuda.plan(*LIMITS, vocab * item // sass.VECTOR + 2, TENSORS)
+        resident, cluster, threads, shared = cuda.plans(*LIMITS, vocab * item // sass.VECTOR + 2, TENSORS)[0]
         if resident:
             found["grids"][f"{vocab} {dtype}"] = {"cluster": cluster, "threads": threads, "shared": shared}
     return found
@@ -230,13 +229,8 @@ def cases(found: dict[str, Any]) -> Iterator[tuple[str, str, int, Kernel, Grid]]
     for (name, kernel), vocab in product(found["kernels"].items(), VOCABULARIES):
         divergence, dtype = name.split()
         if grid := found["grids"].get(f"{vocab} {dtype}"):
-            yield (
-                divergence,
-                dtype,
-                vocab,
-                kernel_of(kernel),
-                Grid(**{**grid, "shared": grid["shared"] + kernel["static"]}),
-            )
+            shared = grid["shared"] + kernel["static"]
+            yield divergence, dtype, vocab, kernel_of(kernel), Grid(grid["cluster"], grid["threads"], shared)
 
 
 def kernel_of(entry: dict[str, Any]) -> Kernel:

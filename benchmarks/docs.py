@@ -1,8 +1,8 @@
 """Write the recorded figures into the documentation: ``python -m fastkd.bench.docs``.
 
 Between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`` stands what :func:`blocks` gives for NAME, out of the
-JSON files in ``benchmarks/results/``: measured times, and instructions counted for the cost model. Nothing there is typed
-by hand, and a test compares.
+JSON files in ``benchmarks/results/``: measured times, and instructions counted for the cost model. Nothing there is
+typed by hand, and a test compares.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a disassembled kernel issues for a row, counted without a GPU.
 
-A row is a way through the machine code: through as many loops as it is said to pass, and what lies between them. Of all
-ways forward the one that issues least is taken: that of a row without special cases. So a ragged end, the label's column
-or a row near convergence are not in it, nor what a warp runs whose threads have come apart (BRA.DIV), nor subroutines.
-A loop counts by the shortest way around it.
+A row is a way through the machine code: through as many loops as it is said to pass, and what lies between them. Of
+all ways forward the one that issues least is taken: that of a row without special cases. So a ragged end, the label's
+column or a row near convergence are not in it, nor what a warp runs whose threads have come apart (BRA.DIV), nor
+subroutines. A loop counts by the shortest way around it.
 """
 
 from __future__ import annotations

@@ -73,7 +73,10 @@ def test_a_row_of_several_is_once_around_their_loop() -> None:
     assert [total(turn) for _, turn in both.loops] == [3, 2, 2]
 
 
-def kernel(gradient: Issued, warp: Issued = Issued(0, 0)) -> Kernel:
+NOTHING = Issued(0, 0)
+
+
+def kernel(gradient: Issued, warp: Issued = NOTHING) -> Kernel:
     return Kernel((Loop("gradient", 8, gradient),), warp, warp, exchanges=1, registers=64)
 
 

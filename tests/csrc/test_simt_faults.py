@@ -1,7 +1,7 @@
-"""Faults planted in the CUDA kernels' source, each of which the shim must find: what it does not find, it does not guard.
+"""Faults planted in the CUDA kernels' source, each of which the shim must find.
 
-A fault is a patch. Under the shim the patched kernels must stop with what ``says`` names, or give other results than the
-kernels as they are.
+A fault is a patch. Under the shim the patched kernels must stop with what ``says`` names, or give other results than
+the kernels as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 from tests.csrc.simt import CSRC, build
 
 ROW, EXCHANGE, READER, VECTORS = "cuda/kd_rows.cuh", "cuda/reduce.cuh", "cuda/reader.cuh", "cuda/vec.cuh"
+STAGE_1 = "            const RowState state"
 NOT_FINITE, OTHER, ORDER, GAP = "not finite", "other results", "the order matters", "a gap between rows was written"
 
 
@@ -84,11 +85,7 @@ FAULTS = (
         "a copy is read before its wait",
         NOT_FINITE,
         (
-            (
-                ROW,
-                "            copy_async_wait();\n            const RowState state",
-                "            const RowState state",
-            ),
+            (ROW, f"            copy_async_wait();\n{STAGE_1}", STAGE_1),
             (ROW, "exchange, state_turn++);\n", "exchange, state_turn++);\n            copy_async_wait();\n"),
         ),
     ),
@@ -135,13 +132,7 @@ FAULTS = (
     Fault(
         "a thread leaves while others wait",
         "nothing can run",
-        (
-            (
-                ROW,
-                "            const RowState state",
-                "            if (thread_rank() == 5) return;\n            const RowState state",
-            ),
-        ),
+        ((ROW, STAGE_1, f"            if (thread_rank() == 5) return;\n{STAGE_1}"),),
     ),
 )
 

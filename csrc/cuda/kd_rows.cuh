@@ -493,6 +493,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
         if (in_first_warp()) {
             RowNumbers row = work();
             kernel.fold(row, task);
+            warp_barrier();  // work() may have read them
             if (thread_rank() == 0) numbers = row;
         }
         block_barrier();

@@ -6,6 +6,7 @@
 // a few at each end, are read and written column by column; outside the row they read −inf.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "../params.h"

@@ -6,12 +6,14 @@ import functools
 import os
 import re
 import subprocess
+from collections import Counter
 
 import pytest
 import triton
 
 from fastkd.backends import cuda
-from tests.csrc.sass import count, loops
+from fastkd.bench import sass
+from fastkd.bench.sass import total
 
 # Where it is required, as .ci/run does where there is nvcc, its absence is a failure.
 pytestmark = pytest.mark.skipif(
@@ -66,9 +68,11 @@ def test_rows_move_16_bytes_at_a_time_and_no_cluster_waits_for_memory() -> None:
     for name, code in resident.items():
         assert "LDGSTS.E.BYPASS.128" in code and "STAS" in code and "SYNCS" in code, name
         # The loop over rows is the longest. A barrier of the cluster, which orders all of memory, comes before it.
-        loop = max(loops(code), key=len)
-        assert count(loop, "STG.E.128") and count(loop, "BAR.SYNC"), name
-        assert not any(count(loop, wait) for wait in ("MEMBAR", "CCTL", "UCGABAR", "ERRBAR")), name
+        parsed = sass.parse(code)
+        first, last = max(sass.spans(parsed), key=lambda span: span[1] - span[0])
+        loop = Counter(instruction.name for instruction in parsed[first : last + 1])
+        assert total(loop, "STG.E.128") and total(loop, "BAR.SYNC"), name
+        assert not total(loop, "MEMBAR", "CCTL", "UCGABAR", "ERRBAR"), name
 
 
 # (compute capability, shared memory of a block, of an SM, reserved of a block), in KB but for the first.

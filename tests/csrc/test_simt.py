@@ -13,7 +13,7 @@ import torch
 from fastkd._request import NUM_STATS, Formula, Rows, RowSpec
 from fastkd.backends import torch as reference
 from fastkd.divergences import JSD, NAMED, Divergence, SkewKL, SkewReverseKL
-from tests.csrc.simt import Grid, Simt, compile_shim
+from tests.csrc.simt import Grid, Outputs, Simt, build
 
 MEMBERS = (*NAMED.values(), JSD(0.3), SkewKL(0.1), SkewReverseKL(0.2))
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -21,15 +21,15 @@ GRIDS = [Grid(cluster, resident) for cluster in (1, 2, 4) for resident in (True,
 
 
 @pytest.fixture(scope="session")
-def simt(tmp_path_factory: pytest.TempPathFactory) -> Simt:
-    return Simt(tmp_path_factory.mktemp("simt"))
+def simt(folder: Path) -> Simt:
+    return Simt(folder)
 
 
 def spec_of(member: Divergence, temperature: float, vocab_size: int, smoothing: float = 0.0) -> RowSpec:
     return RowSpec(temperature, int(member.formula), member.c_t, member.c_s, member.w, smoothing, vocab_size)
 
 
-def outputs_for(rows: Rows, grad: bool) -> dict[str, torch.Tensor | None]:
+def outputs_for(rows: Rows, grad: bool) -> Outputs:
     count = rows.student.shape[0] * rows.student.shape[1]
     vectors = {name: torch.full((count,), math.nan) for name in ("hard", "soft")}
     stats = torch.full((count, NUM_STATS), math.nan)
@@ -45,7 +45,10 @@ def check(
     offset: int = 0,
     tolerance: float | None = None,
 ) -> None:
-    """Loss and gradient, loss alone, and the gradient from its statistics; the gradient in its dtype, off a boundary."""
+    """Loss and gradient, in two orders, loss alone, and the gradient from its statistics.
+
+    The gradient has a dtype of its own, and begins off a boundary.
+    """
     exact = Rows(*(t.double() if t is not None and t.is_floating_point() else t for t in rows))
     count = rows.student.shape[0] * rows.student.shape[1]
     hard, soft = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
@@ -58,9 +61,13 @@ def check(
         memory = torch.full((rows.student.numel() + offset,), math.nan, dtype=gradient)
         return memory[offset:].view(rows.student.shape)
 
-    fused, loss = outputs_for(rows, grad=False) | {"dz": nans()}, outputs_for(rows, grad=False)
+    fused, again = ({**outputs_for(rows, grad=False), "dz": nans()} for _ in range(2))
+    loss = outputs_for(rows, grad=False)
     simt.kd_rows(rows, spec, fused, grid)
-    simt.kd_rows(rows, spec, loss, grid)
+    simt.kd_rows(rows, spec, again, grid, seed=1)
+    simt.kd_rows(rows, spec, loss, grid, seed=2)
+    for name in ("hard", "soft", "dz"):
+        assert torch.equal(fused[name], again[name])
     later = {"hard": None, "soft": None, "stats": loss["stats"], "dz": nans()}
     simt.kd_rows(rows, spec, later, Grid(1, False))
     for result in (fused, loss):
@@ -289,9 +296,14 @@ def test_scale(simt: Simt, dtype: torch.dtype) -> None:
     torch.testing.assert_close(x, (before.float() * torch.tensor(0.3)).to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
-    program = tmp_path / "simt_main"
-    compile_shim("simt_main.cpp", program, f"-fsanitize={sanitizer}")
-    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0 and run.stdout == "ran\n", run.stderr[-4000:]
+def test_more_than_a_warp_of_warps(simt: Simt) -> None:
+    check(simt, make_rows(20011, torch.bfloat16), spec_of(JSD(0.5), 2.0, 20011), Grid(8, True, threads=256))
+
+
+# Orders to run in: in one alone the thread sanitizer sees what nothing orders.
+@pytest.mark.parametrize(("sanitizer", "orders"), [("thread", 1), ("address,alignment", 3)])
+def test_sanitizers(sanitizer: str, orders: int, folder: Path) -> None:
+    flags = ("-DSIMT_FEW", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    program = build(folder, "simt_main.cpp", f"simt_main_{sanitizer}", *flags)
+    run = subprocess.run([str(program), str(orders)], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]

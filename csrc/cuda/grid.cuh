@@ -33,6 +33,8 @@ FASTKD_D uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xf
 
 FASTKD_D float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
+FASTKD_D void warp_barrier() { __syncwarp(); }
+
 FASTKD_D void block_barrier() { __syncthreads(); }
 
 // Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, and where no cluster was launched.

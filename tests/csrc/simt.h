@@ -116,6 +116,8 @@ T shuffle_xor(T x, int mask) {
     return shuffle(x, simt::self.rank % simt::kWarpSize ^ mask);
 }
 
+inline void warp_barrier() { shuffle(0.0f, 0); }
+
 inline void block_barrier() { simt::self.cluster->blocks[simt::self.block]->barrier.arrive_and_wait(); }
 
 inline void cluster_arrive() { simt::self.arrived = simt::self.cluster->barrier.arrive(); }

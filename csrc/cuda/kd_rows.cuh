@@ -471,8 +471,13 @@ struct KDRow {
     }
 };
 
+// Of an SM. Conversions of any dtype in the walks themselves take more registers.
+template <class T, bool kResident>
+constexpr int kBlocks = sizeof(T) == 4 && !kResident ? 2 : 3;
+
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
+FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<T, kResident>))
+kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
     FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(RowNumbers, numbers);
     using Kernel = KDRow<T, Functor, kSoft, kResident>;
@@ -488,7 +493,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) kd_rows_kernel(const KDRowsParams p, const F
     if (task.row < kernel.rows()) reader.start();
     cluster_wait();
 
-    // What the first warp works out becomes everyone's.
+    // What the first warp works out, all of its lanes alike, becomes everyone's. It may read the numbers before: the other
+    // warps did, before a reduction.
     const auto publish = [&](const Task& task, auto&& work) {
         if (in_first_warp()) {
             RowNumbers row = work();

@@ -20,8 +20,9 @@ LONG = 1 << 15
 MAX_REGISTERS = 128  # of a thread, with THREADS of them
 # What the rows in flight may take of the cache, if their second read is to find them there.
 CACHE_SHARE = 0.75
-# Fewer programs than that, of those that fill the GPU, cost more than the reads they save.
-LEAST_SHARE = 0.4
+# Fewer programs than that, of those that fill the GPU, cost more than the reads they save; of a row in three walks, which
+# issues twice as much, more.
+LEAST_SHARE, LEAST_SHARE_OF_THREE = 0.4, 0.8
 # Slices of a row, at most.
 MAX_SLICES = 64
 
@@ -101,14 +102,14 @@ def hidden_options(gpu: Gpu, columns: int) -> dict[str, Any]:
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
-def programs_of(gpu: Gpu, rows: int, row_bytes: int, warps: int) -> int:
+def programs_of(gpu: Gpu, rows: int, row_bytes: int, warps: int, least: float = LEAST_SHARE) -> int:
     """Programs that share the rows out, one row at a time each, so that what is in flight stays in the cache.
 
     A row so long that few programs would be left is read again from memory instead.
     """
     full = gpu.processors * max(1, THREADS // (warps * gpu.lanes))
     fitting = int(gpu.cache * CACHE_SHARE) // row_bytes
-    return min(rows, full if fitting < LEAST_SHARE * full else min(full, fitting))
+    return min(rows, full if fitting < least * full else min(full, fitting))
 
 
 def slices_of(gpu: Gpu, rows: int, columns: int, vec: int) -> tuple[int, int]:

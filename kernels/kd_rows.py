@@ -23,6 +23,8 @@ import triton.language as tl
 from fastkd import _request
 from fastkd._request import Rows, RowSpec
 from fastkd.kernels.config import (
+    LEAST_SHARE,
+    LEAST_SHARE_OF_THREE,
     MAX_SLICES,
     alignment,
     device_of,
@@ -37,6 +39,7 @@ from fastkd.kernels.divergence import (
     FAR,
     MIX_BOTH,
     MIX_TEACHER,
+    MOMENT_NONE,
     NEAR,
     TOTAL_VARIATION,
     from_far_mixture,
@@ -467,7 +470,8 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
         if hard is not None and slices == 1:
             options = launch_options(gpu, columns, tiles["VEC"], is_heavy(gpu, mix, tiles["PEEL"]))
             row_bytes = columns * (z.element_size() + (0 if u is None else u.element_size()))
-            kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"]),)](
+            least = LEAST_SHARE_OF_THREE if kind["MOMENT"] == MOMENT_NONE else LEAST_SHARE
+            kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"], least),)](
                 z, u, y, hard_scale, soft_scale, hard, soft, stats, grad,
                 count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, spec.label_smoothing,
                 **kind, **hard_kind, **tiles, **options,

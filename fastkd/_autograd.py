@@ -55,10 +55,12 @@ class _ScalarLoss(torch.autograd.Function):
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
         spec: RowSpec,
+        varying: Tensor | None,
         inplace: bool,
         backend: str,
+        own_rows: bool,
     ) -> tuple[Tensor, ...]:
-        rows = (student, teacher, labels, hard_scale, soft_scale, *spec)
+        rows = (student, teacher, labels, hard_scale, soft_scale, *spec, varying)
         want_grad = ctx.needs_input_grad[0]
         inplace = inplace and want_grad
         if inplace:
@@ -67,6 +69,8 @@ class _ScalarLoss(torch.autograd.Function):
             grad = student
         else:
             hard, soft, _, grad = _op.kd_rows(*rows, want_grad, backend)
+        if own_rows:
+            hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         # soft is nobody's to change and, left differentiable, leads back to the logits without keeping them.
         ctx.save_for_backward(grad, soft)
         ctx.mark_non_differentiable(hard)
@@ -82,9 +86,9 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_student is not None:
             raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 10
         grad, soft = ctx.saved_tensors
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_batched(grad_loss):
             grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
         else:
             if _keeps_graph():  # a second backward will want it unscaled
@@ -92,7 +96,7 @@ class _ScalarLoss(torch.autograd.Function):
             # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
             if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
                 _op.scale_(grad, grad_loss, ctx.backend)
-        return _final(grad, soft), *(None,) * 7
+        return _final(grad, soft), *(None,) * 9
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -107,15 +111,20 @@ class _LossPerRow(torch.autograd.Function):
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
         spec: RowSpec,
+        varying: Tensor | None,
         inplace: bool,
         backend: str,
+        own_rows: bool,
     ) -> tuple[Tensor, ...]:
-        hard, soft, stats, _ = _op.kd_rows(student, teacher, labels, hard_scale, soft_scale, *spec, False, backend)
+        rows = (student, teacher, labels, hard_scale, soft_scale, *spec, varying)
+        hard, soft, stats, _ = _op.kd_rows(*rows, False, backend)
+        if own_rows:
+            hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         # What torch.inference_mode() made cannot be saved, but can be kept.
         given = (teacher, labels)
         ctx.kept = [t if _is_inference(t) else None for t in given]
         saved = (t if kept is None else None for t, kept in zip(given, ctx.kept, strict=True))
-        ctx.save_for_backward(student, *saved, hard_scale, soft_scale, stats)
+        ctx.save_for_backward(student, *saved, hard_scale, soft_scale, stats, varying)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
@@ -124,36 +133,38 @@ class _LossPerRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * 8
-        student, *saved, hard_scale, soft_scale, stats = ctx.saved_tensors
+            return (None,) * 10
+        student, *saved, hard_scale, soft_scale, stats, varying = ctx.saved_tensors
         teacher, labels = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
         # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
         hard_scale, soft_scale = (
             s if s is None else torch.where(s == 0, 0.0, s * grad_loss) for s in (hard_scale, soft_scale)
         )
-        rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, ctx.backend)
-        if ctx.inplace:
+        rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, varying, ctx.backend)
+        if ctx.inplace and not _is_batched(grad_loss):
             grad = student.detach()
             _op.kd_grad_(grad, *rows[1:])
         else:
             grad = _op.kd_grad(*rows)
-        return _final(grad, student), *(None,) * 7
+        return _final(grad, student), *(None,) * 9
 
 
 class _LogSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, temperature: float, varying: Tensor | None, dtype: torch.dtype, backend: str
+    ) -> Tensor:
         log_probs: Tensor
-        log_probs, lse = _op.log_softmax(logits, temperature, dtype, backend)
-        ctx.save_for_backward(logits, lse)
+        log_probs, lse = _op.log_softmax(logits, temperature, varying, dtype, backend)
+        ctx.save_for_backward(logits, lse, varying)
         ctx.temperature, ctx.backend = temperature, backend
         return log_probs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        logits, lse = ctx.saved_tensors
-        grad = _op.log_softmax_backward(grads[0], logits, lse, ctx.temperature, ctx.backend)
-        return _final(grad, logits), None, None, None
+        logits, lse, varying = ctx.saved_tensors
+        grad = _op.log_softmax_backward(grads[0], logits, lse, ctx.temperature, varying, ctx.backend)
+        return _final(grad, logits), None, None, None, None
 
 
 def kd_rows(
@@ -167,25 +178,66 @@ def kd_rows(
     per_row: bool,
     inplace: bool,
     backend: str,
+    own_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum."""
+    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum.
+
+    ``own_rows``: a row may have one scale of 0 alone, where that term may be infinite and nevertheless is not there.
+    """
     if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
         student = student.detach()
+    varying = None
+    if torch.compiler.is_compiling():
+        from fastkd import _traced
+
+        varying = _traced.varying(spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing)
+        if varying is not None:
+            spec = RowSpec(1.0, spec.formula, 1.0, 0.0, 0.0, 0.0, spec.vocab_size)
     late = per_row or student.dtype == torch.float16
     function = _LossPerRow if late else _ScalarLoss
-    loss, hard, soft = function.apply(  # type: ignore[no-untyped-call]
-        student, teacher, labels, hard_scale, soft_scale, spec, inplace, backend
+    loss, hard, soft = _apply(
+        function, student, teacher, labels, hard_scale, soft_scale, spec, varying, inplace, backend, own_rows
     )[:3]
     return loss.sum() if late and not per_row else loss, hard, soft
 
 
 def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
-    log_probs: Tensor = _LogSoftmax.apply(logits, temperature, dtype, backend)  # type: ignore[no-untyped-call]
+    varying = None
+    if torch.compiler.is_compiling():
+        from fastkd import _traced
+
+        varying = _traced.varying(temperature)
+        if varying is not None:
+            temperature = 1.0
+    log_probs: Tensor = _apply(_LogSoftmax, logits, temperature, varying, dtype, backend)
     return log_probs
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    try:
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "fastkd does not work within transforms of torch.func (grad, vmap, jvp, ...); take gradients by backward() "
+                "or torch.autograd.grad, and many losses at once by reduction='none'"
+            ) from error
+        raise
+
+
+def _is_batched(grad_loss: Tensor) -> bool:
+    """Whether this stands for several grad_outputs (``is_grads_batched``), each of which gets a gradient of its own."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad_loss) or functorch.is_batchedtensor(grad_loss)
 
 
 def _is_inference(tensor: Tensor | None) -> bool:
     return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
+
+
+def _counted(losses: Tensor, scale: Tensor | None) -> Tensor:
+    """Without those of rows that do not count for this term."""
+    return losses if scale is None else torch.where(scale != 0, losses, 0.0)
 
 
 def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:

@@ -19,7 +19,12 @@ from fastkd._views import flat, row_views
 _lib = torch.library.Library("fastkd", "DEF")  # type: ignore[no-untyped-call]
 
 _ROWS = "Tensor? teacher, Tensor? labels, Tensor? hard_scale, Tensor? soft_scale"
-_SPEC = "float temperature, int formula, float c_t, float c_s, float w, float label_smoothing, SymInt vocab_size"
+# A graph of torch.compile holds its floats: another value would be another graph. Where one varies, all of them come in
+# a tensor of the CPU's, `varying` (_traced.py); the schema's floats are then not read.
+_SPEC = (
+    "float temperature, int formula, float c_t, float c_s, float w, float label_smoothing, SymInt vocab_size, "
+    "Tensor? varying"
+)
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -33,6 +38,11 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
         return getattr(torch.ops.fastkd, name).default  # type: ignore[no-any-return]
 
     return register
+
+
+def _varied(spec: RowSpec, varying: Tensor) -> RowSpec:
+    temperature, c_t, c_s, w, label_smoothing = varying.tolist()
+    return RowSpec(temperature, spec.formula, c_t, c_s, w, label_smoothing, spec.vocab_size)
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -96,23 +106,32 @@ def scale_(grad: Tensor, scalar: Tensor, backend: str) -> None:
 
 
 @_define(
-    "log_softmax(Tensor logits, float temperature, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    lambda logits, temperature, dtype, backend: _log_softmax_outputs(logits, dtype),
+    "log_softmax(Tensor logits, float temperature, Tensor? varying, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    lambda logits, temperature, varying, dtype, backend: _log_softmax_outputs(logits, dtype),
 )
-def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
+def log_softmax(
+    logits: Tensor, temperature: float, varying: Tensor | None, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
     """(log-probabilities, normalisers)."""
     out, lse = _log_softmax_outputs(logits, dtype)
+    if varying is not None:
+        temperature = varying.item()
     logits_view, out_view = row_views(logits, out)
     _dispatch.choose(logits, backend).log_softmax(logits_view, out_view, lse.view(-1, 2), temperature)
     return out, lse
 
 
 @_define(
-    "log_softmax_backward(Tensor grad, Tensor logits, Tensor lse, float temperature, str backend) -> Tensor",
+    "log_softmax_backward(Tensor grad, Tensor logits, Tensor lse, float temperature, Tensor? varying, str backend)"
+    " -> Tensor",
     lambda grad, logits, *_: _gradient(logits),
 )
-def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, temperature: float, backend: str) -> Tensor:
+def log_softmax_backward(
+    grad: Tensor, logits: Tensor, lse: Tensor, temperature: float, varying: Tensor | None, backend: str
+) -> Tensor:
     out = _gradient(logits)
+    if varying is not None:
+        temperature = varying.item()
     grad_view, logits_view, out_view = row_views(grad, logits, out)
     _dispatch.choose(logits, backend).log_softmax_backward(
         grad_view, logits_view, lse.view(-1, 2), out_view, temperature
@@ -126,8 +145,10 @@ def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    teacher, labels, hard_scale, soft_scale, *numbers, backend = args
+    teacher, labels, hard_scale, soft_scale, *numbers, varying, backend = args
     spec = RowSpec(*numbers)
+    if varying is not None:
+        spec = _varied(spec, varying)
     if hard_scale is not None and (student.device.type == "cpu" or _labels.ALWAYS):
         _labels.check_rows(labels, spec.vocab_size, hard_scale, soft_scale)
     losses = _losses(student)
@@ -139,10 +160,13 @@ def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor,
 
 
 def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
-    teacher, labels, hard_scale, soft_scale, stats, *numbers, backend = args
+    teacher, labels, hard_scale, soft_scale, stats, *numbers, varying, backend = args
+    spec = RowSpec(*numbers)
+    if varying is not None:
+        spec = _varied(spec, varying)
     rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, grad)
     assert grad_view is not None
-    _dispatch.choose(student, backend, teacher).kd_grad(rows, RowSpec(*numbers), stats.view(-1, NUM_STATS), grad_view)
+    _dispatch.choose(student, backend, teacher).kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)
 
 
 def _views(

@@ -2,38 +2,126 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import numbers
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+STRIDED = torch.strided
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+
+# The way to what an argument does not do: a tensor where a number is wanted, and values of a wrong type or dtype.
+_A_CALL_FOR_EACH = (
+    "; a weight that learns, or has a value a row, multiplies the loss of a call for its term alone (the other's weight 0)"
+)
+_NOT_A_NUMBER = {
+    "temperature": "; for one a row divide both logits by it, at temperature 1, and give its square as token_weights",
+    "hard_weight": _A_CALL_FOR_EACH,
+    "soft_weight": _A_CALL_FOR_EACH,
+}
+_NOT_PER_ROW = {
+    "mask": "; an attention mask of 0 and 1 becomes one by .bool()",
+    "soft_mask": "; an attention mask of 0 and 1 becomes one by .bool()",
+    "token_weights": "; they weigh both terms: weights for one are those of a call for it alone (the other's weight 0)",
+}
+# What other libraries call an argument, and what to give here instead.
+ELSEWHERE = {
+    "alpha": "hard_weight is the cross-entropy's weight and soft_weight the divergence's (libraries differ in which is α)",
+    "beta": "soft_weight is the divergence's weight; a divergence's own number is given to it: see divergence",
+    "kd_ratio": "give soft_weight=kd_ratio and hard_weight=1 - kd_ratio",
+    "weight_hard_loss": "it is hard_weight here",
+    "weight_soft_loss": "it is soft_weight here",
+    "T": "it is temperature here",
+    "temp": "it is temperature here",
+    "tau": "it is temperature here",
+    "target": "it is labels here",
+    "targets": "it is labels here",
+    "attention_mask": "give mask=attention_mask.bool()",
+    "loss_mask": "give mask=loss_mask.bool()",
+    "weights": "it is token_weights here",
+    "num_items_in_batch": "it is num_items here",
+    "num_batch_labels": "it is num_items here",
+    "normalizer": "it is num_items here",
+    "size_average": "it is reduction here: 'mean' or 'sum'",
+    "shift_labels": "nothing is shifted here: shift the labels",
+}
+
+
+def named_arguments(function: Function) -> Function:
+    """Its ``**unknown``, there to be explained by :func:`check_keywords`, is no part of the signature that it shows."""
+    signature = inspect.signature(function)
+    shown = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+def check_keywords(
+    owner: str, function: Callable[..., Any], unknown: Mapping[str, object], hints: Mapping[str, str] = ELSEWHERE
+) -> None:
+    """Refuse keywords that ``function`` does not have, saying what they are called here."""
+    known = list(inspect.signature(function).parameters)
+    for name in unknown:
+        hint = meant(name, known, hints) or f"must be one of {', '.join(known)}"
+        raise TypeError(f"{owner}: got an unknown keyword {name!r}; {hint}")
+
+
+def meant(name: str, known: Collection[str], hints: Mapping[str, str] = ELSEWHERE) -> str:
+    """What to write instead of ``name``, if it is a name that others have for one that is ``known``, or like one; or ''."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return hints.get(name) or (f"did you mean {close[0]!r}?" if close else "")
 
 
 def check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: got {type(logits).__name__}, must be a tensor")
+    if type(logits) is not Tensor or logits.layout is not STRIDED or logits.is_nested:
+        check_dense(name, logits)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got {logits.dtype}, must be float32, bfloat16, float16 or float64")
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., V) with V >= 1")
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    """Kernels read memory by address and stride."""
+    if value.is_nested:
+        raise TypeError(f"{name}: got a nested tensor, must be dense; values() of a jagged one is (tokens, ...)")
+    if value.layout is not STRIDED:
+        raise TypeError(f"{name}: got layout {value.layout}, must be dense: to_dense()")
+    if is_dtensor(value):
+        raise TypeError(f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() if only rows are sharded")
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """By its name, since importing the class imports most of torch.distributed."""
+    return type(value) is not Tensor and type(value).__name__ == "DTensor"
+
+
 def check_temperature(temperature: float) -> None:
     check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, must be > 0")
+    if temperature > 1e19:
+        raise ValueError(f"temperature: got {temperature}, must be <= 1e19: T² overflows float32")
 
 
 def check_real(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name}: got {type(value).__name__}, must be a number")
+        way = _NOT_A_NUMBER.get(name, "") if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a number{way}")
 
 
 def check_number(name: str, value: float) -> None:
-    check_real(name, value)
+    if type(value) is not float:
+        check_real(name, value)
     if not -math.inf < value < math.inf:  # not math.isfinite, which torch.compile cannot trace of a varying number
         raise ValueError(f"{name}: got {value}, must be finite")
 
@@ -43,21 +131,48 @@ def check_int(name: str, value: int) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, must be an int")
 
 
-def check_weights(hard_weight: float | None, soft_weight: float, labels: Tensor | None) -> None:
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a bool")
+
+
+def check_hard_weight(hard_weight: float | None) -> None:
+    if hard_weight is not None:
+        check_number("hard_weight", hard_weight)
+
+
+def check_terms(
+    hard_weight: float | None,
+    soft_weight: float,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    soft_mask: Tensor | None,
+) -> None:
+    """The weights, and that there are labels where they are asked for, and a weight and rows for the labels."""
+    check_hard_weight(hard_weight)
     check_number("soft_weight", soft_weight)
-    if hard_weight is None:
-        if labels is not None:
-            raise ValueError(
-                "hard_weight: got None with labels, must be a number: the weight of the cross-entropy on labels "
-                "(0.0 when the labels only say which rows count)"
-            )
-        return
-    check_number("hard_weight", hard_weight)
-    if labels is None and hard_weight != 0:
-        raise ValueError(f"labels: got None with hard_weight={hard_weight}, must be given for a cross-entropy term")
+    if labels is None:
+        if hard_weight is not None and hard_weight != 0:
+            raise ValueError(f"labels: got None with hard_weight={hard_weight}, must be given for a cross-entropy term")
+        if mask is not None and soft_mask is not None:
+            raise ValueError("mask: got one with soft_mask and without labels, where there is no term left for it")
+    elif hard_weight is None:
+        raise ValueError(
+            "hard_weight: got None with labels, must be a number: the weight of the cross-entropy on labels "
+            "(0.0 when the labels only say which rows count)"
+        )
+
+
+def check_vocab_size(vocab_size: int | None) -> None:
+    if vocab_size is not None:
+        check_int("vocab_size", vocab_size)
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size: got {vocab_size}, must be >= 1")
 
 
 def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_size: int | None) -> None:
+    if vocab_size is None and student_logits.shape == teacher_logits.shape:
+        return
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         raise ValueError(
             f"teacher_logits: got shape {tuple(teacher_logits.shape)}, must match student_logits' "
@@ -71,8 +186,8 @@ def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_siz
                 "vocab_size must say how many leading columns are tokens of both"
             )
         return
-    check_int("vocab_size", vocab_size)
-    if not 1 <= vocab_size <= min(student, teacher):
+    check_vocab_size(vocab_size)
+    if vocab_size > min(student, teacher):
         raise ValueError(f"vocab_size: got {vocab_size}, must be in [1, {min(student, teacher)}], the columns of both")
 
 
@@ -81,9 +196,12 @@ def check_per_row(name: str, value: Tensor | None, student_logits: Tensor, dtype
     if value is None:
         return
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor")
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor{_NOT_PER_ROW.get(name, '')}")
+    if type(value) is not Tensor or value.layout is not STRIDED or value.is_nested:
+        check_dense(name, value)
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: got {value.dtype}, must be {' or '.join(map(str, dtypes))}")
+        allowed = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name}: got {value.dtype}, must be {allowed}{_NOT_PER_ROW.get(name, '')}")
     if value.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, must be {tuple(student_logits.shape[:-1])}, "
@@ -99,7 +217,10 @@ def check_device(name: str, value: Tensor, student_logits: Tensor) -> None:
 
 def check_no_gradient(name: str, value: Tensor | None) -> None:
     if value is not None and value.requires_grad:
-        raise ValueError(f"{name}: got a tensor that requires a gradient, which it would not get; detach() it")
+        raise ValueError(
+            f"{name}: got a tensor that requires a gradient, which it would not get; detach() it, or multiply the losses "
+            "of reduction='none' by it"
+        )
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
@@ -108,23 +229,35 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing: got {label_smoothing}, must be in [0, 1)")
 
 
-def check_reduction(reduction: str, num_items: int | float | Tensor | None, student_logits: Tensor) -> None:
+def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}")
-    if num_items is None:
-        return
+        way = "; 'mean' is over the rows that count" if reduction == "batchmean" else ""
+        raise ValueError(f"reduction: got {reduction!r}, must be one of {', '.join(map(repr, REDUCTIONS))}{way}")
+
+
+def check_num_items(
+    num_items: int | float | Tensor | tuple[Any, Any], reduction: str, student_logits: Tensor, pair: bool
+) -> None:
+    """A denominator, or with ``pair`` one for each term."""
     if reduction != "mean":
         raise ValueError(f"num_items: got a value with reduction={reduction!r}, it is the denominator of 'mean' alone")
-    if isinstance(num_items, Tensor):
-        if num_items.dim() != 0:
-            raise ValueError(f"num_items: got shape {tuple(num_items.shape)}, must be a number or a 0-d tensor")
-        check_no_gradient("num_items", num_items)
-        if num_items.device.type != "cpu":
-            check_device("num_items", num_items, student_logits)
-        return
-    check_number("num_items", num_items)
-    if not num_items > 0:
-        raise ValueError(f"num_items: got {num_items}, must be > 0")
+    if pair != isinstance(num_items, tuple):
+        allowed = "a pair with soft_mask, of the hard and of the soft term" if pair else "a number or a tensor"
+        raise TypeError(f"num_items: got {type(num_items).__name__}, must be {allowed}")
+    each = num_items if isinstance(num_items, tuple) else (num_items,)
+    if len(each) != 1 + pair:
+        raise ValueError(f"num_items: got {len(each)}, must be two, of the hard and of the soft term")
+    for items in each:
+        if not isinstance(items, Tensor):
+            check_number("num_items", items)
+            if items < 0:
+                raise ValueError(f"num_items: got {items}, must be >= 0")
+            continue
+        if items.numel() != 1:
+            raise ValueError(f"num_items: got shape {tuple(items.shape)}, must be a number or have one element")
+        check_no_gradient("num_items", items)
+        if items.device.type != "cpu":
+            check_device("num_items", items, student_logits)
 
 
 def check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:

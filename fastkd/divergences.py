@@ -36,6 +36,7 @@ class Divergence:
             object.__setattr__(self, "formula", Formula(self.formula))
         for name in ("c_t", "c_s", "w"):
             check_real(name, getattr(self, name))
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.formula != Formula.MIXTURE_KL and (self.c_t, self.c_s, self.w) != (1.0, 0.0, 0.0):
             raise ValueError(f"formula: got {self.formula!r} with c_t, c_s or w, which it does not have")
         if not (0.0 <= self.c_t < float("inf") and 0.0 <= self.c_s < float("inf")):
@@ -53,6 +54,21 @@ CROSS_ENTROPY = Divergence("cross_entropy", formula=Formula.CROSS_ENTROPY)
 TVD = Divergence("tvd", formula=Formula.TOTAL_VARIATION)
 
 NAMED = {member.name: member for member in (FORWARD_KL, REVERSE_KL, CROSS_ENTROPY, TVD)}
+
+_JSD = "fastkd.JSD(beta), whose beta weighs the teacher"
+# What other libraries call a divergence, and what it is here.
+_ELSEWHERE = {
+    "kl": "'forward_kl' is KL(teacher‖student), 'reverse_kl' KL(student‖teacher)",
+    "kl_div": "'forward_kl' is KL(teacher‖student), as F.kl_div(student, teacher) is",
+    "fkl": "it is 'forward_kl' here",
+    "rkl": "it is 'reverse_kl' here",
+    "ce": "it is 'cross_entropy' here",
+    "tv": "it is 'tvd' here",
+    "js": f"it is {_JSD}",
+    "jsd": f"it is {_JSD}",
+    "skew_kl": "it is fastkd.SkewKL(lam)",
+    "skew_reverse_kl": "it is fastkd.SkewReverseKL(lam)",
+}
 
 
 def JSD(beta: float) -> Divergence:
@@ -107,6 +123,7 @@ def resolve(divergence: str | Divergence) -> Divergence:
         raise ValueError(
             f"divergence: got {divergence!r}, must be one of {', '.join(map(repr, NAMED))}, "
             "or fastkd.JSD(beta), fastkd.SkewKL(lam), fastkd.SkewReverseKL(lam), fastkd.Divergence(...)"
+            + (f"; {_ELSEWHERE[divergence]}" if divergence in _ELSEWHERE else "")
         )
     return NAMED[divergence]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -12,11 +12,18 @@ from fastkd import _autograd, _dispatch, _validate
 from fastkd._request import RowSpec
 from fastkd.divergences import Divergence, resolve
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# A denominator of the mean, and what num_items may be: one, or with soft_mask one for each term.
+Items: TypeAlias = "int | float | Tensor"
+NumItems: TypeAlias = "Items | tuple[Items, Items] | None"
+
 
 class KDLossParts(NamedTuple):
     """The loss, and the two terms it is made of: detached means, unweighted and without T².
 
-    They are over the rows that count, and of these the ones whose token weight is not 0.
+    Each is over the rows that count for it, and of these the ones whose token weight is not 0.
     """
 
     loss: Tensor
@@ -24,6 +31,59 @@ class KDLossParts(NamedTuple):
     soft: Tensor
 
 
+class Settings(TypedDict, total=False):
+    """The keywords of :func:`kd_loss` that a :class:`fastkd.KDLoss` keeps, ``return_parts`` apart."""
+
+    temperature: float
+    hard_weight: float | None
+    soft_weight: float
+    divergence: str | Divergence
+    scale_soft_by_t2: bool
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    vocab_size: int | None
+    inplace_backward: bool
+    backend: str | None
+
+
+class _Keywords(Settings, total=False):
+    """All of them, ``return_parts`` apart, of which the result's type depends."""
+
+    mask: Tensor | None
+    soft_mask: Tensor | None
+    token_weights: Tensor | None
+    num_items: NumItems
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[False] = False,
+    **keywords: Unpack[_Keywords],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_parts: Literal[True],
+    **keywords: Unpack[_Keywords],
+) -> KDLossParts: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_parts: bool,
+    **keywords: Unpack[_Keywords],
+) -> Tensor | KDLossParts: ...
+@_validate.named_arguments
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -37,13 +97,15 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    soft_mask: Tensor | None = None,
     token_weights: Tensor | None = None,
     reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
+    num_items: NumItems = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
     return_parts: bool = False,
     backend: str | None = None,
+    **unknown: NoReturn,  # TorchScript stops here and shows this line: use torch.compile
 ) -> Tensor | KDLossParts:
     """Knowledge-distillation loss over logits, its gradient computed in the same pass wherever it can be.
 
@@ -59,7 +121,7 @@ def kd_loss(
         teacher_logits: ``(..., V)``, same leading shape; its dtype may differ.
         labels: ``(...)`` int64 token ids, or None. A label outside ``[0, V)`` on a row that counts raises on a CPU and
             makes the row's loss NaN on a GPU, where a check would synchronise (see :func:`fastkd.check_labels`).
-        temperature: T > 0, of the soft term alone.
+        temperature: T, of the soft term alone; above 0 and at most 1e19, beyond which T² overflows float32.
         hard_weight: weight of the cross-entropy. Must be given with labels (0.0: they only say which rows count).
         soft_weight: weight of the divergence.
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"cross_entropy"`` (forward KL plus the teacher's entropy),
@@ -69,9 +131,13 @@ def kd_loss(
         label_smoothing: in [0, 1), of the cross-entropy, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: rows with this label do not count, for either term.
         mask: ``(...)`` bool; rows where it is False do not count. A row that does not count is never read.
+        soft_mask: ``(...)`` bool; the rows that count for the soft term, where they are others than the hard term's:
+            labels and ``mask`` then govern the hard term alone, and each mean is over its own term's rows. Without
+            labels there is no hard term, and it does what ``mask`` does.
         token_weights: ``(...)`` float; multiplies each row's loss, not the denominator of the mean.
         reduction: ``"mean"`` over the rows that count (0 if there are none), ``"sum"``, or ``"none"``: ``(...)``.
-        num_items: number or 0-d tensor; the denominator of ``"mean"`` instead, for gradient accumulation.
+        num_items: number or tensor of one element; the denominator of ``"mean"`` instead, for gradient accumulation;
+            the mean of 0 items is 0. With ``soft_mask`` a pair, of the hard and of the soft term.
         vocab_size: only the first ``vocab_size`` columns are tokens; the others are not read and get gradient 0.
         inplace_backward: write the gradient over ``student_logits``, which nothing else may then use.
         return_parts: return :class:`KDLossParts`; a term is then computed even if its weight is 0 (in a pass of its
@@ -81,7 +147,8 @@ def kd_loss(
 
     Raises:
         ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
-        RuntimeError: the backend asked for by name cannot run here, or a second derivative was asked for.
+        RuntimeError: the backend asked for by name cannot run here; a second derivative was asked for; or a transform
+            of ``torch.func`` is at work.
 
     Example:
         >>> import torch, fastkd
@@ -92,26 +159,42 @@ def kd_loss(
         >>> round(loss.item(), 4), student.grad.shape
         (2.4844, torch.Size([1, 3]))
     """
+    if unknown:
+        _validate.check_keywords("kd_loss", kd_loss, unknown)
     member = resolve(divergence)
     _validate.check_logits("student_logits", student_logits)
     _validate.check_logits("teacher_logits", teacher_logits)
     _validate.check_device("teacher_logits", teacher_logits, student_logits)
     _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
     _validate.check_temperature(temperature)
-    _validate.check_weights(hard_weight, soft_weight, labels)
+    _validate.check_bool("scale_soft_by_t2", scale_soft_by_t2)
     _validate.check_label_smoothing(label_smoothing)
     _validate.check_int("ignore_index", ignore_index)
     _validate.check_per_row("labels", labels, student_logits, (torch.int64,))
     _validate.check_per_row("mask", mask, student_logits, (torch.bool,))
+    _validate.check_per_row("soft_mask", soft_mask, student_logits, (torch.bool,))
     _validate.check_per_row("token_weights", token_weights, student_logits, _validate.FLOAT_DTYPES)
     _validate.check_no_gradient("token_weights", token_weights)
-    _validate.check_reduction(reduction, num_items, student_logits)
+    _validate.check_terms(hard_weight, soft_weight, labels, mask, soft_mask)
+    if labels is None and soft_mask is not None:  # the soft term is all there is
+        mask, soft_mask = soft_mask, None
+    _validate.check_reduction(reduction)
+    if num_items is not None:
+        _validate.check_num_items(num_items, reduction, student_logits, pair=soft_mask is not None)
+    _validate.check_bool("inplace_backward", inplace_backward)
+    _validate.check_bool("return_parts", return_parts)
     if teacher_logits.requires_grad:
         teacher_logits = teacher_logits.detach()
     if inplace_backward:
         _validate.check_inplace(student_logits, teacher_logits)
 
-    scale = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, num_items)
+    hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
+    hard_rows = soft_rows = _row_scale(
+        student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items
+    )
+    if soft_mask is not None:
+        soft_rows = _row_scale(student_logits, None, ignore_index, soft_mask, token_weights, reduction, soft_items)
+        labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts has a label all the same
     name = _dispatch.requested(backend)
     spec = RowSpec(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
@@ -125,26 +208,29 @@ def kd_loss(
             _autograd.kd_rows, student_logits.detach(), spec=spec, per_row=True, inplace=False, backend=name
         )
         if not has_hard and labels is not None:
-            hard_alone = alone(None, labels, scale, None)[1]
+            hard_alone = alone(None, labels, hard_rows, None)[1]
         if soft_weight == 0:
-            soft_alone = alone(teacher_logits, None, None, scale)[2]
+            soft_alone = alone(teacher_logits, None, None, soft_rows)[2]
     t2 = temperature * temperature if scale_soft_by_t2 else 1.0
     loss, hard, soft = _autograd.kd_rows(
         student_logits,
         teacher_logits if has_soft else None,
         labels if has_hard else None,
-        scale * hard_weight if has_hard else None,  # type: ignore[operator]
-        scale * (soft_weight * t2) if has_soft else None,
+        hard_rows * hard_weight if has_hard else None,  # type: ignore[operator]
+        soft_rows * (soft_weight * t2) if has_soft else None,
         spec,
         per_row=reduction == "none",
         inplace=inplace_backward,
         backend=name,
+        own_rows=soft_mask is not None,
     )
     if not return_parts:
         return loss
-    count = scale.count_nonzero().clamp_min(1)
-    parts = (hard if hard_alone is None else hard_alone, soft if soft_alone is None else soft_alone)
-    return KDLossParts(loss, *(part.detach().sum() / count for part in parts))
+    return KDLossParts(
+        loss,
+        _mean(hard if hard_alone is None else hard_alone, hard_rows),
+        _mean(soft if soft_alone is None else soft_alone, soft_rows),
+    )
 
 
 def log_softmax(
@@ -187,7 +273,7 @@ def _row_scale(
     mask: Tensor | None,
     token_weights: Tensor | None,
     reduction: str,
-    num_items: int | float | Tensor | None,
+    num_items: Items | None,
 ) -> Tensor:
     """What a row's loss is multiplied by, weights of the terms apart; 0 for a row that does not count. ``(...)``."""
     counts = None if labels is None else labels != ignore_index
@@ -203,8 +289,15 @@ def _row_scale(
     if reduction != "mean":
         return scale
     if num_items is None:
-        num_items = max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1)
-    elif isinstance(num_items, Tensor):
-        # Of 0 items the mean is 0. All on its own device: a number of the CPU's then costs a GPU no wait.
-        return scale * torch.where(num_items != 0, 1.0 / num_items.to(dtype), 0.0)
-    return scale / num_items
+        return scale / (max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1))
+    # Of 0 items the mean is 0.
+    if not isinstance(num_items, Tensor):
+        return scale / num_items if num_items != 0 else scale * 0.0
+    # All on its own device: a number of the CPU's then costs a GPU no wait.
+    num_items = num_items.reshape(())
+    return scale * torch.where(num_items != 0, 1.0 / num_items.to(dtype), 0.0)
+
+
+def _mean(losses: Tensor, scale: Tensor) -> Tensor:
+    """Of the rows that count, of these the ones whose token weight is not 0."""
+    return losses.detach().sum() / scale.count_nonzero().clamp_min(1)

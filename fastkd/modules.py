@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, overload
 
 from torch import Tensor, nn
+from torch.serialization import add_safe_globals
+from typing_extensions import TypeVar
 
+from fastkd import _dispatch, _validate
+from fastkd._request import Formula
 from fastkd.divergences import Divergence, resolve
-from fastkd.functional import KDLossParts, kd_loss
+from fastkd.functional import KDLossParts, NumItems, Settings, kd_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Result = TypeVar("Result", bound="Tensor | KDLossParts", default=Tensor)
 
 
-class KDLoss(nn.Module):
+class KDLoss(nn.Module, Generic[Result]):
     """:func:`fastkd.kd_loss` with its keywords as attributes, which a schedule may change from call to call.
 
-    ``mask``, ``token_weights`` and ``num_items`` come at each call.
+    ``mask``, ``soft_mask``, ``token_weights`` and ``num_items`` come at each call.
+
+    Raises:
+        ValueError, TypeError: a bad argument, when the module is made, the attribute set or the loss computed.
+        AttributeError: an attribute is set whose name is none of the keywords but like one, or is an argument of the call.
 
     Example:
         >>> import torch, fastkd
@@ -24,6 +38,17 @@ class KDLoss(nn.Module):
         tensor(0.6931)
     """
 
+    @overload
+    def __init__(
+        self: KDLoss[Tensor], *, return_parts: Literal[False] = False, **settings: Unpack[Settings]
+    ) -> None: ...
+    @overload
+    def __init__(self: KDLoss[KDLossParts], *, return_parts: Literal[True], **settings: Unpack[Settings]) -> None: ...
+    @overload
+    def __init__(
+        self: KDLoss[Tensor | KDLossParts], *, return_parts: bool, **settings: Unpack[Settings]
+    ) -> None: ...
+    @_validate.named_arguments
     def __init__(
         self,
         *,
@@ -39,12 +64,15 @@ class KDLoss(nn.Module):
         inplace_backward: bool = False,
         return_parts: bool = False,
         backend: str | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
+        if unknown:
+            _validate.check_keywords("KDLoss", KDLoss, unknown, _HINTS)
         self.temperature = temperature
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight
-        self.divergence = resolve(divergence)
+        self.divergence = divergence
         self.scale_soft_by_t2 = scale_soft_by_t2
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -54,10 +82,21 @@ class KDLoss(nn.Module):
         self.return_parts = return_parts
         self.backend = backend
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            _CHECKS[name](value)
+            if name in _FLOATS and value is not None:  # of a module's numbers torch.compile lets only floats vary
+                value = float(value)
+        elif not hasattr(self, name):  # frameworks keep things in modules, under names of their own
+            if hint := _validate.meant(name, _CHECKS, _HINTS):
+                raise AttributeError(f"KDLoss: got an unknown attribute {name!r}; {hint}")
+        super().__setattr__(name, value)
+
     def keywords(self) -> dict[str, Any]:
         """What :func:`fastkd.kd_loss` is called with at every call."""
-        return {name: getattr(self, name) for name in _KEYWORDS}
+        return {name: getattr(self, name) for name in _CHECKS}
 
+    @_validate.named_arguments
     def forward(
         self,
         student_logits: Tensor,
@@ -65,21 +104,53 @@ class KDLoss(nn.Module):
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
+        soft_mask: Tensor | None = None,
         token_weights: Tensor | None = None,
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor | KDLossParts:
-        return kd_loss(
+        num_items: NumItems = None,
+        **unknown: NoReturn,
+    ) -> Result:
+        if unknown:
+            _validate.check_keywords("KDLoss.forward", KDLoss.forward, unknown)
+        return kd_loss(  # type: ignore[no-any-return]
             student_logits,
             teacher_logits,
             labels,
             mask=mask,
+            soft_mask=soft_mask,
             token_weights=token_weights,
             num_items=num_items,
             **self.keywords(),
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.keywords().items())
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("KDLoss: got compiled by TorchScript, which has no such arguments; use torch.compile")
 
-_KEYWORDS = tuple(inspect.signature(KDLoss).parameters)
+
+# What is checked when a keyword is given, or its attribute set.
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "temperature": _validate.check_temperature,
+    "hard_weight": _validate.check_hard_weight,
+    "soft_weight": partial(_validate.check_number, "soft_weight"),
+    "divergence": resolve,
+    "scale_soft_by_t2": partial(_validate.check_bool, "scale_soft_by_t2"),
+    "label_smoothing": _validate.check_label_smoothing,
+    "ignore_index": partial(_validate.check_int, "ignore_index"),
+    "reduction": _validate.check_reduction,
+    "vocab_size": _validate.check_vocab_size,
+    "inplace_backward": partial(_validate.check_bool, "inplace_backward"),
+    "return_parts": partial(_validate.check_bool, "return_parts"),
+    "backend": _dispatch.requested,
+}
+_HINTS = _validate.ELSEWHERE | dict.fromkeys(
+    ("mask", "soft_mask", "token_weights", "num_items"), "it comes at each call"
+)
+_FLOATS = ("temperature", "hard_weight", "soft_weight", "label_smoothing")
+
+# What torch.load(weights_only=True) needs for a module that holds this one; none of them does anything when made.
+add_safe_globals([KDLoss, Divergence, Formula])

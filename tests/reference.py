@@ -16,7 +16,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 class Parts(NamedTuple):
-    """The loss, and the means of its two terms over the rows that count, unweighted."""
+    """The loss, and the means of its two terms over the rows that count for them, unweighted."""
 
     loss: Tensor
     hard: Tensor
@@ -109,36 +109,40 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mask: Tensor | None = None,
+    soft_mask: Tensor | None = None,
     token_weights: Tensor | None = None,
     reduction: str = "mean",
-    num_items: float | Tensor | None = None,
+    num_items: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
     vocab_size: int | None = None,
 ) -> Parts:
-    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)), over the rows that count, in float64."""
+    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)), each term over the rows that count for it, in float64."""
     counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None:
         counts = counts & (labels != ignore_index)
     if mask is not None:
         counts = counts & mask
+    soft_counts = counts if soft_mask is None else soft_mask
 
-    z, u = student.double()[..., :vocab_size][counts], teacher.double()[..., :vocab_size][counts]
-    hard = torch.zeros_like(z[:, 0]) if labels is None else hard_loss(z, labels[counts], label_smoothing)
-    soft = divergence(torch.log_softmax(u / temperature, -1), torch.log_softmax(z / temperature, -1))
+    z, u = student.double()[..., :vocab_size], teacher.double()[..., :vocab_size]
+    hard = z.new_zeros(int(counts.sum()))
+    if labels is not None:
+        hard = hard_loss(z[counts], labels[counts], label_smoothing)
+    log_t, log_s = (torch.log_softmax(logits[soft_counts] / temperature, -1) for logits in (u, z))
+    soft = divergence(log_t, log_s)
 
-    # A term of weight 0 is absent, even where it is infinite.
-    rows = 0.0 * z.new_zeros(len(z))
-    if hard_weight:
-        rows = rows + hard_weight * hard
-    if soft_weight:
-        rows = rows + soft_weight * (temperature**2 if scale_soft_by_t2 else 1.0) * soft
-    if token_weights is not None:
-        rows = rows * token_weights.double()[counts]
-
-    number = max(len(z), 1)
-    if reduction == "none":
-        loss = torch.zeros(counts.shape, dtype=torch.float64, device=z.device).masked_scatter(counts, rows)
-    elif reduction == "sum":
-        loss = rows.sum()
-    else:
-        loss = rows.sum() / (number if num_items is None else num_items)
-    return Parts(loss, hard.detach().sum() / number, soft.detach().sum() / number)
+    t2 = temperature**2 if scale_soft_by_t2 else 1.0
+    hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, num_items)
+    loss = z.new_zeros(counts.shape)
+    for weight, losses, rows, items in (
+        (hard_weight, hard, counts, hard_items), ((soft_weight or 0.0) * t2, soft, soft_counts, soft_items)
+    ):  # fmt: skip
+        if not weight:  # a term of weight 0 is absent, even where it is infinite
+            continue
+        weights = weight if token_weights is None else weight * token_weights.double()[rows]
+        number = 1.0
+        if reduction == "mean":
+            number = max(len(losses), 1) if items is None else items
+        loss = loss + torch.zeros_like(loss).masked_scatter(rows, weights * losses / number)
+    if reduction != "none":
+        loss = loss.sum()
+    return Parts(loss, hard.detach().sum() / max(len(hard), 1), soft.detach().sum() / max(len(soft), 1))

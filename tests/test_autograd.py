@@ -165,6 +165,33 @@ def test_inference_tensors(backend: str) -> None:
             assert same_bits(*grads)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_batched_gradients(backend: str, dtype: torch.dtype, reduction: str, inplace: bool) -> None:
+    """Several grad_outputs at once (is_grads_batched) are as many gradients, one of them of a grad_output of 1."""
+    student, teacher, labels = inputs((3,), 17, dtype)
+    labels[1] = -100
+    arguments: dict[str, Any] = {"reduction": reduction, "inplace_backward": inplace, "backend": backend, **BOTH}
+    leaf = student.requires_grad_()
+    loss = fastkd.kd_loss(leaf * 1, teacher, labels, **arguments)
+    grad_outputs = torch.cat((torch.ones(1, *loss.shape), torch.randn(2, *loss.shape)))
+    (batched,) = torch.autograd.grad(loss, leaf, grad_outputs, is_grads_batched=True)
+    for grad, grad_output in zip(batched, grad_outputs, strict=True):
+        loss = fastkd.kd_loss(leaf * 1, teacher, labels, **arguments)
+        torch.testing.assert_close(grad, torch.autograd.grad(loss, leaf, grad_output)[0])
+
+
+def test_batched_gradients_of_log_softmax(backend: str) -> None:
+    logits = torch.randn(2, 17, requires_grad=True)
+    log_probs = fastkd.log_softmax(logits, backend=backend)
+    grad_outputs = torch.randn(3, 2, 17)
+    (batched,) = torch.autograd.grad(log_probs, logits, grad_outputs, is_grads_batched=True, retain_graph=True)
+    for grad, grad_output in zip(batched, grad_outputs, strict=True):
+        expected = torch.autograd.grad(log_probs, logits, grad_output, retain_graph=True)[0]
+        torch.testing.assert_close(grad, expected)
+
+
 class TestInPlace:
     """What else holds the overwritten logits must hear of it."""
 

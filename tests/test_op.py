@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 from fastkd import _dispatch
@@ -16,8 +17,10 @@ from tests.cases import inputs
 
 BOTH = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
 ROWS, COLUMNS = (2, 3), 17
-SPEC = (2.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS)  # temperature, formula, c_t, c_s, w, label_smoothing, vocab_size
-JSD = (1.0, 0, 0.5, 0.5, 0.5, 0.1, COLUMNS - 2)
+# temperature, formula, c_t, c_s, w, label_smoothing, vocab_size, varying
+SPEC = (2.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS, None)
+JSD = (1.0, 0, 0.5, 0.5, 0.5, 0.1, COLUMNS - 2, None)
+VARYING = (1.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS - 2, torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1], dtype=torch.float64, device="cpu"))
 
 
 def rows(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -33,16 +36,18 @@ def stats(device: str) -> Tensor:
 CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
     "kd_rows": ("kd_rows", lambda device: (*rows(device), *SPEC, True)),
     "kd_rows_jsd": ("kd_rows", lambda device: (*rows(device, torch.bfloat16), *JSD, True)),
+    "kd_rows_varying": ("kd_rows", lambda device: (*rows(device, torch.bfloat16), *VARYING, True)),
     "kd_rows_loss": ("kd_rows", lambda device: (*rows(device), *SPEC, False)),
     "kd_rows_soft": ("kd_rows", lambda device: (*rows(device)[:2], None, None, rows(device)[4], *SPEC, True)),
     "kd_rows_hard": ("kd_rows", lambda device: (rows(device)[0], None, *rows(device)[2:4], None, *SPEC, True)),
     "kd_rows_": ("kd_rows_", lambda device: (*rows(device), *SPEC)),
     "kd_grad": ("kd_grad", lambda device: (*rows(device), stats(device), *SPEC)),
+    "kd_grad_varying": ("kd_grad", lambda device: (*rows(device), stats(device), *VARYING)),
     "kd_grad_": ("kd_grad_", lambda device: (*rows(device), stats(device), *JSD)),
     "scale_": ("scale_", lambda device: (rows(device)[0], torch.tensor(2.0, device=device))),
-    "log_softmax": ("log_softmax", lambda device: (rows(device)[0], 2.0, torch.bfloat16)),
+    "log_softmax": ("log_softmax", lambda device: (rows(device)[0], 2.0, None, torch.bfloat16)),
     "log_softmax_backward": (
-        "log_softmax_backward", lambda device: (*rows(device)[:2], torch.rand(*ROWS, 2, device=device), 2.0)
+        "log_softmax_backward", lambda device: (*rows(device)[:2], torch.rand(*ROWS, 2, device=device), 2.0, None)
     ),
 }  # fmt: skip
 
@@ -83,6 +88,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "weighted": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, token_weights=z[..., 0].detach(), **keys, **BOTH),
     "items": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, num_items=(y >= 0).sum(), **keys, **BOTH),
     "parts": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, return_parts=True, **keys, **BOTH)[0],
+    "soft_mask": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, soft_mask=y > 3, mask=y < 9, **keys, **BOTH),
     "module": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, **keys)(z, u, y),
     "log_softmax": lambda z, u, y, **keys: -(u * fastkd.log_softmax(z, temperature=2.0, **keys)).sum(),
 }
@@ -150,18 +156,79 @@ def test_dynamic_shapes(device: str, name: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("argument", ["temperature", "hard_weight", "soft_weight", "label_smoothing"])
-def test_schedule(device: str, argument: str) -> None:
-    """A number that changes from step to step, which the compiler then traces as unknown."""
+def test_numbers_in_a_tensor(device: str) -> None:
+    """The operators read them there, and not in their other arguments."""
+    given = rows(device, torch.bfloat16)
+    for name, extra in (("kd_rows", (True,)), ("kd_grad", ())):
+        operator = getattr(torch.ops.fastkd, name)
+        before = (stats(device),) if name == "kd_grad" else ()
+        left, right = (operator(*given, *before, *spec, *extra, "torch") for spec in (JSD, VARYING))
+        for one, other in zip(left, right, strict=True):
+            assert torch.equal(one, other)
+
+
+STEPS = [0.05 + 0.04 * step for step in range(20)]
+# What may change at every step, each the only argument of a loss. 20 values are more than the graphs that PyTorch allows.
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "temperature": lambda step, *given: fastkd.kd_loss(*given, **BOTH | {"temperature": 4.0 * step}),
+    "hard_weight": lambda step, *given: fastkd.kd_loss(*given, **BOTH | {"hard_weight": step}),
+    "soft_weight": lambda step, *given: fastkd.kd_loss(*given, **BOTH | {"soft_weight": step}),
+    "label_smoothing": lambda step, *given: fastkd.kd_loss(*given, **BOTH, label_smoothing=step),
+    "num_items": lambda step, *given: fastkd.kd_loss(*given, **BOTH, num_items=100.0 * step),
+    "jsd": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.JSD(step)),
+    "skew_kl": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.SkewKL(step)),
+    "own": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.Divergence("own", step, 1 - step, 0.3)),
+    "all_at_once": lambda step, *given: fastkd.kd_loss(
+        *given, temperature=1 + step, hard_weight=step, soft_weight=1 - step, label_smoothing=step,
+        divergence=fastkd.JSD(step), reduction="none",
+    ).sum(),
+    "log_softmax": lambda step, z, u, y: (u * fastkd.log_softmax(z, temperature=4.0 * step)).sum(),
+}  # fmt: skip
+
+
+def check_schedule(device: str, compiled: Callable[..., Tensor], eager: Callable[..., Tensor], *step: float) -> None:
     given = inputs(ROWS, COLUMNS, device=device)
+    for actual, expected in zip(
+        gradient(lambda *tensors: compiled(*step, *tensors), *given),
+        gradient(lambda *tensors: eager(*step, *tensors), *given),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
-    def loss(step: float, *tensors: Tensor) -> Tensor:
-        return fastkd.kd_loss(*tensors, **{**BOTH, argument: step})
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for step in (0.25, 0.5, 0.75):
-        torch.testing.assert_close(compiled(step, *given), loss(step, *given), rtol=1e-6, atol=1e-7)
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(device: str, name: str) -> None:
+    """Numbers that change at every step: two graphs, one of which takes them as they come."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(SCHEDULES[name], fullgraph=True, backend=graphs)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in STEPS:
+            check_schedule(device, compiled, SCHEDULES[name], step)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_schedule_of_a_module(device: str) -> None:
+    """Its attributes, integers too; a scheduler sets them outside the compiled function."""
+    module = fastkd.KDLoss(**BOTH)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for count, step in enumerate(STEPS, start=1):
+            module.temperature, module.hard_weight, module.soft_weight = count, step, 1.0 - step
+            module.label_smoothing, module.divergence = step, fastkd.JSD(step)
+            check_schedule(device, compiled, module)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_schedule_with_inductor(device: str) -> None:
+    """Whose compiled code makes the tensor of numbers."""
+    compiled = torch.compile(SCHEDULES["all_at_once"], fullgraph=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in STEPS:
+            check_schedule(device, compiled, SCHEDULES["all_at_once"], step)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from typing import Any
@@ -15,6 +16,7 @@ import fastkd
 Z = torch.zeros(2, 3, 8)
 LABELS = torch.zeros(2, 3, dtype=torch.int64)
 MASK = torch.ones(2, 3, dtype=torch.bool)
+JAGGED = torch.nested.nested_tensor([Z[0], Z[1, :2]], layout=torch.jagged)
 
 # (changed arguments, type of the error, its message from the start)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -30,13 +32,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": math.nan}, ValueError, "temperature: got nan, must be finite"),
     ({"temperature": "2"}, TypeError, "temperature: got str, must be a number"),
     ({"temperature": True}, TypeError, "temperature: got bool, must be a number"),
-    ({"temperature": torch.tensor(2.0)}, TypeError, "temperature: got Tensor, must be a number"),
+    ({"temperature": 1e30}, ValueError, "temperature: got 1e+30, must be <= 1e19: T² overflows float32"),
+    ({"temperature": torch.rand(2, 3)}, TypeError, "temperature: got Tensor, must be a number; for one a row divide bot"),
     ({"hard_weight": None}, ValueError, "hard_weight: got None with labels, must be a number"),
     ({"hard_weight": math.nan}, ValueError, "hard_weight: got nan, must be finite"),
     ({"hard_weight": "0.5"}, TypeError, "hard_weight: got str, must be a number"),
+    ({"hard_weight": torch.nn.Parameter(torch.ones(()))}, TypeError, "hard_weight: got Parameter, must be a number; a w"),
     ({"labels": None}, ValueError, "labels: got None with hard_weight=0.5, must be given"),
     ({"soft_weight": math.inf}, ValueError, "soft_weight: got inf, must be finite"),
     ({"soft_weight": None}, TypeError, "soft_weight: got NoneType, must be a number"),
+    ({"soft_weight": torch.tensor(1.0)}, TypeError, "soft_weight: got Tensor, must be a number; a weight that learns, "),
     ({"divergence": "kl"}, ValueError, "divergence: got 'kl', must be one of 'forward_kl', 'reverse_kl'"),
     ({"divergence": 0.5}, TypeError, "divergence: got 0.5, must be a name or a fastkd.Divergence"),
     ({"divergence": fastkd.JSD}, TypeError, "divergence: got <function JSD"),
@@ -45,22 +50,31 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"label_smoothing": None}, TypeError, "label_smoothing: got NoneType, must be a number"),
     ({"labels": LABELS.int()}, TypeError, "labels: got torch.int32, must be torch.int64"),
     ({"labels": LABELS.tolist()}, TypeError, "labels: got list, must be a tensor"),
-    ({"mask": MASK.long()}, TypeError, "mask: got torch.int64, must be torch.bool"),
+    ({"mask": MASK.long()}, TypeError, "mask: got torch.int64, must be torch.bool; an attention mask of 0 and 1 becomes"),
     ({"mask": True}, TypeError, "mask: got bool, must be a tensor"),
+    ({"soft_mask": MASK.int()}, TypeError, "soft_mask: got torch.int32, must be torch.bool; an attention mask of 0 and"),
+    ({"soft_mask": MASK, "mask": MASK, "labels": None, "hard_weight": None}, ValueError, "mask: got one with soft_mask a"),
+    ({"token_weights": (MASK, MASK)}, TypeError, "token_weights: got tuple, must be a tensor; they weigh both terms: we"),
     ({"token_weights": LABELS}, TypeError, "token_weights: got torch.int64, must be torch.float32 or torch.bfloat16"),
     ({"token_weights": torch.ones(2, 3, requires_grad=True)}, ValueError, "token_weights: got a tensor that requires"),
-    ({"reduction": "batchmean"}, ValueError, "reduction: got 'batchmean', must be one of 'mean', 'sum', 'none'"),
+    ({"reduction": "batchmean"}, ValueError, "reduction: got 'batchmean', must be one of 'mean', 'sum', 'none'; 'mean' i"),
     ({"reduction": None}, ValueError, "reduction: got None, must be one of 'mean', 'sum', 'none'"),
-    ({"num_items": 0}, ValueError, "num_items: got 0, must be > 0"),
-    ({"num_items": -2.0}, ValueError, "num_items: got -2.0, must be > 0"),
+    ({"num_items": -2.0}, ValueError, "num_items: got -2.0, must be >= 0"),
     ({"num_items": math.nan}, ValueError, "num_items: got nan, must be finite"),
     ({"num_items": "6"}, TypeError, "num_items: got str, must be a number"),
-    ({"num_items": torch.tensor([6])}, ValueError, "num_items: got shape (1,), must be a number or a 0-d tensor"),
+    ({"num_items": torch.tensor([6, 6])}, ValueError, "num_items: got shape (2,), must be a number or have one element"),
+    ({"num_items": (6, 6)}, TypeError, "num_items: got tuple, must be a number or a tensor"),
+    ({"num_items": 6, "soft_mask": MASK}, TypeError, "num_items: got int, must be a pair with soft_mask, of the hard and"),
+    ({"num_items": (6, 6, 6), "soft_mask": MASK}, ValueError, "num_items: got 3, must be two, of the hard and of the soft"),
+    ({"num_items": (6, -1), "soft_mask": MASK}, ValueError, "num_items: got -1, must be >= 0"),
     ({"num_items": torch.ones((), requires_grad=True)}, ValueError, "num_items: got a tensor that requires a grad"),
     ({"ignore_index": None}, TypeError, "ignore_index: got NoneType, must be an int"),
     ({"num_items": 6, "reduction": "sum"}, ValueError, "num_items: got a value with reduction='sum'"),
     ({"num_items": 6, "reduction": "none"}, ValueError, "num_items: got a value with reduction='none'"),
-    ({"vocab_size": 0}, ValueError, "vocab_size: got 0, must be in [1, 8]"),
+    ({"scale_soft_by_t2": "false"}, TypeError, "scale_soft_by_t2: got str, must be a bool"),
+    ({"inplace_backward": 1}, TypeError, "inplace_backward: got int, must be a bool"),
+    ({"return_parts": None}, TypeError, "return_parts: got NoneType, must be a bool"),
+    ({"vocab_size": 0}, ValueError, "vocab_size: got 0, must be >= 1"),
     ({"vocab_size": 9}, ValueError, "vocab_size: got 9, must be in [1, 8]"),
     ({"vocab_size": 4.0}, TypeError, "vocab_size: got float, must be an int"),
     ({"vocab_size": True}, TypeError, "vocab_size: got bool, must be an int"),
@@ -68,6 +82,16 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"teacher_logits": Z.to("meta")}, ValueError, "teacher_logits: got device meta, must be student_logits' cpu"),
     ({"labels": LABELS.to("meta")}, ValueError, "labels: got device meta, must be student_logits' cpu"),
     ({"mask": MASK.to("meta")}, ValueError, "mask: got device meta, must be student_logits' cpu"),
+    ({"student_logits": Z.to_sparse()}, TypeError, "student_logits: got layout torch.sparse_coo, must be dense: to_dense"),
+    ({"teacher_logits": Z.to_sparse()}, TypeError, "teacher_logits: got layout torch.sparse_coo, must be dense: to_d"),
+    ({"mask": MASK.to_sparse()}, TypeError, "mask: got layout torch.sparse_coo, must be dense: to_dense()"),
+    ({"student_logits": JAGGED}, TypeError, "student_logits: got a nested tensor, must be dense; values() of a jagged one"),
+    ({"labels": JAGGED}, TypeError, "labels: got a nested tensor, must be dense; values() of a jagged one is (tokens, ..."),
+    ({"alpha": 0.5}, TypeError, "kd_loss: got an unknown keyword 'alpha'; hard_weight is the cross-entropy's weight and "),
+    ({"num_items_in_batch": 6}, TypeError, "kd_loss: got an unknown keyword 'num_items_in_batch'; it is num_items here"),
+    ({"attention_mask": MASK}, TypeError, "kd_loss: got an unknown keyword 'attention_mask'; give mask=attention_mask.bo"),
+    ({"temprature": 2.0}, TypeError, "kd_loss: got an unknown keyword 'temprature'; did you mean 'temperature'?"),
+    ({"qqq": 2.0}, TypeError, "kd_loss: got an unknown keyword 'qqq'; must be one of student_logits, teacher_logits, lab"),
 ]  # fmt: skip
 
 
@@ -87,11 +111,11 @@ def test_bad_argument(changes: dict[str, Any], kind: type[Exception], message: s
         call(**changes)
 
 
-@pytest.mark.parametrize("argument", ["labels", "mask", "token_weights"])
+@pytest.mark.parametrize("argument", ["labels", "mask", "soft_mask", "token_weights"])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3), (2, 1), (3, 2), (6,), (2, 3, 1), (1, 2, 3)], ids=str)
 def test_nothing_broadcasts_over_rows(argument: str, shape: tuple[int, ...]) -> None:
     """Nor is anything reshaped."""
-    values = {"labels": LABELS, "mask": MASK, "token_weights": torch.ones(2, 3)}
+    values = {"labels": LABELS, "mask": MASK, "soft_mask": MASK, "token_weights": torch.ones(2, 3)}
     value = values[argument].new_zeros(shape)
     message = f"{argument}: got shape {shape}, must be (2, 3), one entry a row of student_logits; nothing broadcasts"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
@@ -112,6 +136,72 @@ def test_unequal_vocabularies(columns: int) -> None:
         call(teacher_logits=torch.zeros(2, 3, columns))
     with pytest.raises(ValueError, match=re.escape(f"vocab_size: got 20, must be in [1, {min(columns, 8)}]")):
         call(teacher_logits=torch.zeros(2, 3, columns), vocab_size=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("kl", "'forward_kl' is KL(teacher‖student), 'reverse_kl' KL(student‖teacher)"),
+        ("kl_div", "'forward_kl'"),
+        ("rkl", "'reverse_kl'"),
+        ("ce", "'cross_entropy'"),
+        ("jsd", "fastkd.JSD(beta), whose beta weighs the teacher"),
+        ("skew_kl", "fastkd.SkewKL(lam)"),
+    ],
+)
+def test_divergences_by_other_names(name: str, meant: str) -> None:
+    """The refusal says what they are here."""
+    with pytest.raises(ValueError, match=rf"^divergence: got '{name}', must be .*; [^;]*{re.escape(meant)}[^;]*$"):
+        call(divergence=name)
+
+
+def test_the_signature_shows_the_keywords_alone() -> None:
+    """What is there to explain an unknown keyword is not one."""
+    for function in (fastkd.kd_loss, fastkd.KDLoss, fastkd.KDLoss.forward):
+        assert "unknown" not in inspect.signature(function).parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_temperature_whose_square_is_a_number(dtype: torch.dtype) -> None:
+    """The largest: a finite loss and gradient."""
+    student = torch.randn(2, 8, dtype=dtype, requires_grad=True)
+    loss = fastkd.kd_loss(student, torch.zeros(2, 8, dtype=dtype), temperature=1e19)
+    loss.backward()
+    assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+
+def test_dtensor() -> None:
+    """Refused, and its way out is a call of its own."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+        logits = distribute_tensor(Z, init_device_mesh("cpu", (1,)), [Replicate()])
+        for name in ("student_logits", "teacher_logits"):
+            with pytest.raises(TypeError, match=rf"^{name}: got a DTensor, must be a tensor: full_tensor\(\), or to_loc"):
+                call(**{name: logits})
+        assert torch.equal(call(student_logits=logits.full_tensor()), call())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacrev], ids=lambda t: t.__name__)
+def test_transforms_of_torch_func(transform: Any, reduction: str) -> None:
+    functions = (lambda z: fastkd.kd_loss(z, torch.zeros(z.shape), reduction=reduction).sum(), lambda z: fastkd.log_softmax(z).sum())
+    for function in functions:
+        with pytest.raises(RuntimeError, match=r"^fastkd does not work within transforms of torch\.func .* by backward"):
+            transform(function)(Z)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript() -> None:
+    """It cannot compile them, and says what can."""
+    for module in (fastkd.KDLoss(), torch.nn.Sequential(fastkd.KDLoss())):
+        with pytest.raises(RuntimeError, match=r"^KDLoss: got compiled by TorchScript, .*use torch\.compile"):
+            torch.jit.script(module)
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match=r"use torch\.compile"):
+        torch.jit.script(fastkd.kd_loss)
 
 
 def test_keywords_are_keywords() -> None:

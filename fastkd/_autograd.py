@@ -219,8 +219,8 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     except RuntimeError as error:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
-                "fastkd does not work within transforms of torch.func (grad, vmap, jvp, ...); take gradients by backward() "
-                "or torch.autograd.grad, and many losses at once by reduction='none'"
+                "fastkd does not work within transforms of torch.func (grad, vmap, jvp, ...); take gradients by "
+                "backward() or torch.autograd.grad, and many losses at once by reduction='none'"
             ) from error
         raise
 

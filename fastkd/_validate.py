@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 STRIDED = torch.strided
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,7 +15,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # The way to what an argument does not do: a tensor where a number is wanted, and values of a wrong type or dtype.
 _A_CALL_FOR_EACH = (
-    "; a weight that learns, or has a value a row, multiplies the loss of a call for its term alone (the other's weight 0)"
+    "; one that learns, or of a row, multiplies the loss of a call for its term alone (the other's weight 0)"
 )
 _NOT_A_NUMBER = {
     "temperature": "; for one a row divide both logits by it, at temperature 1, and give its square as token_weights",
@@ -32,51 +27,6 @@ _NOT_PER_ROW = {
     "soft_mask": "; an attention mask of 0 and 1 becomes one by .bool()",
     "token_weights": "; they weigh both terms: weights for one are those of a call for it alone (the other's weight 0)",
 }
-# What other libraries call an argument, and what to give here instead.
-ELSEWHERE = {
-    "alpha": "hard_weight is the cross-entropy's weight and soft_weight the divergence's (libraries differ in which is α)",
-    "beta": "soft_weight is the divergence's weight; a divergence's own number is given to it: see divergence",
-    "kd_ratio": "give soft_weight=kd_ratio and hard_weight=1 - kd_ratio",
-    "weight_hard_loss": "it is hard_weight here",
-    "weight_soft_loss": "it is soft_weight here",
-    "T": "it is temperature here",
-    "temp": "it is temperature here",
-    "tau": "it is temperature here",
-    "target": "it is labels here",
-    "targets": "it is labels here",
-    "attention_mask": "give mask=attention_mask.bool()",
-    "loss_mask": "give mask=loss_mask.bool()",
-    "weights": "it is token_weights here",
-    "num_items_in_batch": "it is num_items here",
-    "num_batch_labels": "it is num_items here",
-    "normalizer": "it is num_items here",
-    "size_average": "it is reduction here: 'mean' or 'sum'",
-    "shift_labels": "nothing is shifted here: shift the labels",
-}
-
-
-def named_arguments(function: Function) -> Function:
-    """Its ``**unknown``, there to be explained by :func:`check_keywords`, is no part of the signature that it shows."""
-    signature = inspect.signature(function)
-    shown = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    return function
-
-
-def check_keywords(
-    owner: str, function: Callable[..., Any], unknown: Mapping[str, object], hints: Mapping[str, str] = ELSEWHERE
-) -> None:
-    """Refuse keywords that ``function`` does not have, saying what they are called here."""
-    known = list(inspect.signature(function).parameters)
-    for name in unknown:
-        hint = meant(name, known, hints) or f"must be one of {', '.join(known)}"
-        raise TypeError(f"{owner}: got an unknown keyword {name!r}; {hint}")
-
-
-def meant(name: str, known: Collection[str], hints: Mapping[str, str] = ELSEWHERE) -> str:
-    """What to write instead of ``name``, if it is a name that others have for one that is ``known``, or like one; or ''."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return hints.get(name) or (f"did you mean {close[0]!r}?" if close else "")
 
 
 def check_logits(name: str, logits: Tensor) -> None:
@@ -97,7 +47,9 @@ def check_dense(name: str, value: Tensor) -> None:
     if value.layout is not STRIDED:
         raise TypeError(f"{name}: got layout {value.layout}, must be dense: to_dense()")
     if is_dtensor(value):
-        raise TypeError(f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() if only rows are sharded")
+        raise TypeError(
+            f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() if rows alone are sharded"
+        )
 
 
 def is_dtensor(value: Tensor) -> bool:
@@ -218,8 +170,8 @@ def check_device(name: str, value: Tensor, student_logits: Tensor) -> None:
 def check_no_gradient(name: str, value: Tensor | None) -> None:
     if value is not None and value.requires_grad:
         raise ValueError(
-            f"{name}: got a tensor that requires a gradient, which it would not get; detach() it, or multiply the losses "
-            "of reduction='none' by it"
+            f"{name}: got a tensor that requires a gradient, which it would not get; detach() it, or multiply the "
+            "losses of reduction='none' by it"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypeAlias, Type
 import torch
 from torch import Tensor
 
-from fastkd import _autograd, _dispatch, _validate
+from fastkd import _autograd, _dispatch, _keywords, _validate
 from fastkd._request import RowSpec
 from fastkd.divergences import Divergence, resolve
 
@@ -83,7 +83,7 @@ def kd_loss(
     return_parts: bool,
     **keywords: Unpack[_Keywords],
 ) -> Tensor | KDLossParts: ...
-@_validate.named_arguments
+@_keywords.named_arguments
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -160,7 +160,7 @@ def kd_loss(
         (2.4844, torch.Size([1, 3]))
     """
     if unknown:
-        _validate.check_keywords("kd_loss", kd_loss, unknown)
+        _keywords.check_keywords("kd_loss", kd_loss, unknown)
     member = resolve(divergence)
     _validate.check_logits("student_logits", student_logits)
     _validate.check_logits("teacher_logits", teacher_logits)
@@ -189,12 +189,10 @@ def kd_loss(
         _validate.check_inplace(student_logits, teacher_logits)
 
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
-    hard_rows = soft_rows = _row_scale(
-        student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items
-    )
+    hard_rows = soft_rows = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items)
     if soft_mask is not None:
         soft_rows = _row_scale(student_logits, None, ignore_index, soft_mask, token_weights, reduction, soft_items)
-        labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts has a label all the same
+        labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts needs one too
     name = _dispatch.requested(backend)
     spec = RowSpec(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.serialization import add_safe_globals
 from typing_extensions import TypeVar
 
-from fastkd import _dispatch, _validate
+from fastkd import _dispatch, _keywords, _validate
 from fastkd._request import Formula
 from fastkd.divergences import Divergence, resolve
 from fastkd.functional import KDLossParts, NumItems, Settings, kd_loss
@@ -28,7 +28,7 @@ class KDLoss(nn.Module, Generic[Result]):
 
     Raises:
         ValueError, TypeError: a bad argument, when the module is made, the attribute set or the loss computed.
-        AttributeError: an attribute is set whose name is none of the keywords but like one, or is an argument of the call.
+        AttributeError: an attribute is set whose name is like a keyword's and none, or an argument's of the call.
 
     Example:
         >>> import torch, fastkd
@@ -45,10 +45,8 @@ class KDLoss(nn.Module, Generic[Result]):
     @overload
     def __init__(self: KDLoss[KDLossParts], *, return_parts: Literal[True], **settings: Unpack[Settings]) -> None: ...
     @overload
-    def __init__(
-        self: KDLoss[Tensor | KDLossParts], *, return_parts: bool, **settings: Unpack[Settings]
-    ) -> None: ...
-    @_validate.named_arguments
+    def __init__(self: KDLoss[Tensor | KDLossParts], *, return_parts: bool, **settings: Unpack[Settings]) -> None: ...
+    @_keywords.named_arguments
     def __init__(
         self,
         *,
@@ -68,7 +66,7 @@ class KDLoss(nn.Module, Generic[Result]):
     ) -> None:
         super().__init__()
         if unknown:
-            _validate.check_keywords("KDLoss", KDLoss, unknown, _HINTS)
+            _keywords.check_keywords("KDLoss", KDLoss, unknown, _HINTS)
         self.temperature = temperature
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight
@@ -87,16 +85,16 @@ class KDLoss(nn.Module, Generic[Result]):
             _CHECKS[name](value)
             if name in _FLOATS and value is not None:  # of a module's numbers torch.compile lets only floats vary
                 value = float(value)
-        elif not hasattr(self, name):  # frameworks keep things in modules, under names of their own
-            if hint := _validate.meant(name, _CHECKS, _HINTS):
-                raise AttributeError(f"KDLoss: got an unknown attribute {name!r}; {hint}")
+        elif not hasattr(self, name) and (hint := _keywords.meant(name, _CHECKS, _HINTS)):
+            # Other names are free: frameworks keep things in modules.
+            raise AttributeError(f"KDLoss: got an unknown attribute {name!r}; {hint}")
         super().__setattr__(name, value)
 
     def keywords(self) -> dict[str, Any]:
         """What :func:`fastkd.kd_loss` is called with at every call."""
         return {name: getattr(self, name) for name in _CHECKS}
 
-    @_validate.named_arguments
+    @_keywords.named_arguments
     def forward(
         self,
         student_logits: Tensor,
@@ -110,7 +108,7 @@ class KDLoss(nn.Module, Generic[Result]):
         **unknown: NoReturn,
     ) -> Result:
         if unknown:
-            _validate.check_keywords("KDLoss.forward", KDLoss.forward, unknown)
+            _keywords.check_keywords("KDLoss.forward", KDLoss.forward, unknown)
         return kd_loss(  # type: ignore[no-any-return]
             student_logits,
             teacher_logits,
@@ -147,7 +145,7 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "return_parts": partial(_validate.check_bool, "return_parts"),
     "backend": _dispatch.requested,
 }
-_HINTS = _validate.ELSEWHERE | dict.fromkeys(
+_HINTS = _keywords.ELSEWHERE | dict.fromkeys(
     ("mask", "soft_mask", "token_weights", "num_items"), "it comes at each call"
 )
 _FLOATS = ("temperature", "hard_weight", "soft_weight", "label_smoothing")

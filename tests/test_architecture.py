@@ -26,7 +26,7 @@ LAYERS = (
     ("backends",),
     ("kernels",),
     ("divergences", "_labels", "_views", "_version", "_cpu", "_cuda"),
-    ("_request", "_validate", "_traced"),
+    ("_request", "_validate", "_keywords", "_traced"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Folders whose modules may import one another. Those of `backends` share only what begins with an underscore.

@@ -145,7 +145,7 @@ def test_offsets_past_2_31(backend: str, device: str) -> None:
     student, teacher = far
     check_call(student, teacher, values.labels, backend=backend, divergence="jsd(0.5)", **BOTH)
     scales = torch.rand(2, 3, device=device)
-    spec = (2.0, 0, 0.5, 0.5, 0.5, 0.0, 131)
+    spec = (2.0, 0, 0.5, 0.5, 0.5, 0.0, 131, None)
     expected = torch.ops.fastkd.kd_rows(values.student, values.teacher, values.labels, *scales, *spec, True, backend)[3]
     torch.ops.fastkd.kd_rows_(student, teacher, values.labels, *scales, *spec, backend)
     torch.testing.assert_close(student, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
@@ -205,7 +205,7 @@ def test_the_triton_backend_does_not_synchronise(device: str, name: str) -> None
     """The operators, down to the launches. Labels are looked at on a CPU alone (test_labels), so not here."""
     student, teacher, labels = inputs((2,), 50, device=device)
     scales = torch.rand(2, 2, device=device)
-    spec = (2.0, *numbers(name), 0.1, 47)
+    spec = (2.0, *numbers(name), 0.1, 47, None)
     rows = (teacher, labels % 47, *scales)
     operators = torch.ops.fastkd
     with NoSync(), pytest.MonkeyPatch.context() as patch:
@@ -213,8 +213,8 @@ def test_the_triton_backend_does_not_synchronise(device: str, name: str) -> None
         *_, stats, grad = operators.kd_rows(student, *rows, *spec, True, "triton")
         operators.kd_grad(student, *rows, stats, *spec, "triton")
         operators.scale_(grad, scales[0, 0], "triton")
-        out, lse = operators.log_softmax(student, 2.0, torch.float32, "triton")
-        operators.log_softmax_backward(out, student, lse, 2.0, "triton")
+        out, lse = operators.log_softmax(student, 2.0, None, torch.float32, "triton")
+        operators.log_softmax_backward(out, student, lse, 2.0, None, "triton")
     with NoSync(), pytest.raises(AssertionError, match="synchronises"):
         scales[0, 0].item()
 

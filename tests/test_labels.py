@@ -75,7 +75,7 @@ def test_a_row_without_a_token_is_nan_where_nobody_looks(
     """As on a GPU; nothing is read outside the row, and the other rows are right."""
     student, teacher, labels = inputs((3,), 127, device=device)
     labels %= 100
-    scales, spec = torch.rand(2, 3, device=device), (2.0, 0, 1.0, 0.0, 0.0, 0.1, 100)
+    scales, spec = torch.rand(2, 3, device=device), (2.0, 0, 1.0, 0.0, 0.0, 0.1, 100, None)
     operator = torch.ops.fastkd.kd_rows
     right = operator(student, teacher, labels, *scales, *spec, True, "triton")
     labels[1] = label

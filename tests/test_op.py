@@ -20,7 +20,8 @@ ROWS, COLUMNS = (2, 3), 17
 # temperature, formula, c_t, c_s, w, label_smoothing, vocab_size, varying
 SPEC = (2.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS, None)
 JSD = (1.0, 0, 0.5, 0.5, 0.5, 0.1, COLUMNS - 2, None)
-VARYING = (1.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS - 2, torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1], dtype=torch.float64, device="cpu"))
+NUMBERS = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1], dtype=torch.float64, device="cpu")
+VARYING = (1.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS - 2, NUMBERS)  # the JSD above
 
 
 def rows(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -168,7 +169,7 @@ def test_numbers_in_a_tensor(device: str) -> None:
 
 
 STEPS = [0.05 + 0.04 * step for step in range(20)]
-# What may change at every step, each the only argument of a loss. 20 values are more than the graphs that PyTorch allows.
+# What may change at every step. 20 values are more than the graphs that PyTorch allows.
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "temperature": lambda step, *given: fastkd.kd_loss(*given, **BOTH | {"temperature": 4.0 * step}),
     "hard_weight": lambda step, *given: fastkd.kd_loss(*given, **BOTH | {"hard_weight": step}),
@@ -177,7 +178,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "num_items": lambda step, *given: fastkd.kd_loss(*given, **BOTH, num_items=100.0 * step),
     "jsd": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.JSD(step)),
     "skew_kl": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.SkewKL(step)),
-    "own": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.Divergence("own", step, 1 - step, 0.3)),
+    "own": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.Divergence("own", step, 1.0, 0.3)),
     "all_at_once": lambda step, *given: fastkd.kd_loss(
         *given, temperature=1 + step, hard_weight=step, soft_weight=1 - step, label_smoothing=step,
         divergence=fastkd.JSD(step), reduction="none",

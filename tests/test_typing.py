@@ -14,7 +14,7 @@ import pytest
 import fastkd
 from fastkd import functional
 
-PROGRAM = '''
+PROGRAM = """
 from typing_extensions import assert_type
 
 from torch import Tensor
@@ -50,7 +50,7 @@ def bad(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
     fastkd.KDLoss(mask=labels)  # error
     fastkd.KDLoss()(student, teacher, num_items_in_batch=1)  # error
     fastkd.KDLoss().temperature = "2"  # error
-'''
+"""
 
 
 def test_a_users_program(tmp_path: Path, pytestconfig: pytest.Config) -> None:

@@ -11,3 +11,4 @@ from fastkd.functional import KDLossParts as KDLossParts
 from fastkd.functional import kd_loss as kd_loss
 from fastkd.functional import log_softmax as log_softmax
 from fastkd.modules import KDLoss as KDLoss
+from fastkd.sources import LinearLogits as LinearLogits

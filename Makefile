@@ -1,16 +1,26 @@
-# Everything runs in .venv, which the first target makes.
+# Everything runs in .venv, which the first target makes. ARGS are options of the demo or of the benchmark, as in
+# make demo ARGS=--quick
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: install test lint demo bench bench-record clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.dev
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# The package in place, with one of pyproject.toml's extras; again after an edit of what is compiled.
+$(VENV)/.dev $(VENV)/.demo: $(VENV)/.%: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable ".[dev]" --constraint constraints.txt
-	touch $@
+	$(BIN)/pip install --quiet --editable ".[$*]" --constraint constraints.txt
+	echo "$(FASTKD_CUDA_ARCHS)" > $@
+
+# Who asks for other GPUs than the last time gets them.
+ifneq ($(FASTKD_CUDA_ARCHS),$(if $(FASTKD_CUDA_ARCHS),$(shell cat $(VENV)/.dev 2>/dev/null)))
+.PHONY: $(VENV)/.dev
+endif
+
+# The demo does not run the CUDA part, which takes minutes to compile.
+$(VENV)/.demo: export FASTKD_CUDA_ARCHS ?= none
 
 test: install
 	$(BIN)/python -m pytest -n 2 -q
@@ -20,11 +30,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: install
-	$(BIN)/python -m fastkd demo
+demo: $(or $(wildcard $(VENV)/.dev),$(VENV)/.demo)
+	$(BIN)/python -m fastkd demo $(ARGS)
 
 bench: install
-	$(BIN)/python -m fastkd bench
+	$(BIN)/python -m fastkd bench $(ARGS)
 
 # Record this machine's figures, and write them into the documentation.
 bench-record: install

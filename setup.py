@@ -1,23 +1,28 @@
-"""Builds what this machine has the compilers for. Metadata is in pyproject.toml.
+"""Builds what this machine has the compilers for, and lays out the packages. Metadata is in pyproject.toml.
 
-An optional part that fails to build is left out with one line of warning, and the backend that needs it says so
-(``python -m fastkd info``). ``FASTKD_REQUIRE=cpu,cuda`` (a comma-separated list) makes its failure the install's.
-Without nvcc there is no CUDA part, and no warning. ``FASTKD_CUDA_ARCHS`` lists what it is compiled for; by default what
-this nvcc knows of sm_80, 90, 100 and 120.
+A part that is not built is left out with one line that says why, which ``python -m fastkd info`` repeats.
+``FASTKD_REQUIRE=cpu,cuda`` (a comma-separated list) makes its failure the install's. The CUDA part takes minutes for
+each GPU architecture: it is compiled for the GPUs that are here, or for those that ``FASTKD_CUDA_ARCHS=80,90`` names;
+where there is none, it is left out, or compiled for all of sm_80, 90, 100 and 120 if it is required. ``none`` declines.
 """
 
 import hashlib
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from glob import glob
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CUDA_HOME = os.environ.get("CUDA_HOME")
 NVCC = (
@@ -26,6 +31,9 @@ NVCC = (
     or shutil.which("nvcc", path="/usr/local/cuda/bin")
 )
 CUDA_ARCHS = ("80", "90", "100", "120")
+
+# kernels/ and benchmarks/ stand at the top of the tree and install within fastkd: those names are not ours to take.
+PACKAGE_DIR = {"fastkd": "fastkd", "fastkd.kernels": "kernels", "fastkd.bench": "benchmarks"}
 
 
 def listed(variable: str) -> list[str]:
@@ -49,8 +57,36 @@ if X86:
     ]  # fmt: skip
 
 
+class BuildPython(build_py):
+    def run(self) -> None:
+        if self.editable_mode:
+            # setuptools' finder for editable installs comes last, after a folder named fastkd in the working directory,
+            # which Python takes for a package: such is this tree, seen from its parent. Ask ours first.
+            ours = "getattr(finder, '__module__', '').startswith('__editable___fastkd')"
+            with open(os.path.join(self.get_finalized_command("install").install_lib, "fastkd_first.pth"), "w") as file:
+                file.write(f"import sys; sys.meta_path.sort(key=lambda finder: not {ours})\n")
+        else:  # What an earlier build left there, a module deleted since among it, would go into the wheel.
+            shutil.rmtree(os.path.join(self.build_lib, "fastkd"), ignore_errors=True)
+        super().run()
+
+
 class BuildOptional(build_ext):
-    """Compiles csrc/cpu/rows.cpp once an instruction set, and survives a failure unless the part is required."""
+    """Compiles csrc/cpu/rows.cpp once an instruction set, and survives a failure unless the part is required.
+
+    What was built for which processors, and why the rest was not, is recorded in the package, for ``fastkd._built``.
+    """
+
+    def run(self) -> None:
+        self.built: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        super().run()
+        package = "fastkd" if self.inplace else os.path.join(self.build_lib, "fastkd")
+        os.makedirs(package, exist_ok=True)
+        for part in self.left_out:  # An earlier build's would be taken for this one's.
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(package, self.get_ext_filename(f"_{part}")))
+        with open(os.path.join(package, "_built.json"), "w") as file:
+            json.dump({"built": self.built, "left_out": self.left_out}, file)
 
     def build_extension(self, ext: Extension) -> None:
         part = ext.name.rpartition("._")[2]
@@ -62,15 +98,18 @@ class BuildOptional(build_ext):
                 raise RuntimeError(f"needs g++ or clang, not {self.compiler.compiler_type}")
             ext.include_dirs = [pybind11.get_include()]
             if part == "cuda":
-                self.build_cuda(ext)
+                archs = cuda_archs(required=not ext.optional)
+                self.build_cuda(ext, archs)
+                self.built[part] = ", ".join(f"sm_{arch}" for arch in archs)
             else:
                 ext.extra_objects = [obj for isa in ISA_FLAGS for obj in self.compile_rows(isa)]
                 super().build_extension(ext)
+                self.built[part] = ", ".join(ISA_FLAGS)
         except Exception as error:
             if not ext.optional:
                 raise
-            reason = " ".join(str(error).split())[:300]
-            print(f"fastkd: backend {part!r} was not built and will be unavailable: {reason}", file=sys.stderr)
+            self.left_out[part] = " ".join(str(error).split())[:300]
+            print(f"fastkd: backend {part!r} is not built: {self.left_out[part]}", file=sys.stderr)
 
     def compile_rows(self, isa: str) -> list[str]:
         return self.compiler.compile(
@@ -80,12 +119,10 @@ class BuildOptional(build_ext):
             extra_postargs=[*FLAGS, *ISA_FLAGS[isa]],
         )
 
-    def build_cuda(self, ext: Extension) -> None:
+    def build_cuda(self, ext: Extension, archs: list[str]) -> None:
         """Compile and link by nvcc, which knows its own headers and the static runtime; sources side by side."""
-        if NVCC is None:
-            raise RuntimeError("needs nvcc")
         includes = [f"-I{folder}" for folder in (*ext.include_dirs, sysconfig.get_path("include"))]
-        flags = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures()]
+        flags = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode(archs)]
         # Objects of other flags, or of another nvcc, are not these.
         key = hashlib.sha256(" ".join([*flags, run([NVCC, "--version"])]).encode()).hexdigest()[:16]
         folder = os.path.join(self.build_temp, "cuda", key)
@@ -96,9 +133,12 @@ class BuildOptional(build_ext):
             target = os.path.join(folder, os.path.basename(source) + ".o")
             newest = max(headers, os.path.getmtime(source))
             if self.force or not os.path.exists(target) or os.path.getmtime(target) < newest:
+                started = time.monotonic()
                 run([NVCC, *flags, *includes, "-c", source, "-o", target])
+                print(f"fastkd: compiled {source} in {time.monotonic() - started:.0f} s", flush=True)
             return target
 
+        print(f"fastkd: compiling {len(ext.sources)} CUDA sources for sm_{', sm_'.join(archs)}", flush=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, ext.sources))
         library = self.get_ext_fullpath(ext.name)
@@ -106,15 +146,43 @@ class BuildOptional(build_ext):
         run([NVCC, "-shared", "-cudart=static", *objects, "-o", library])
 
 
-def architectures() -> list[str]:
+def cuda_archs(required: bool) -> list[str]:
+    """What to compile the CUDA part for: as asked, or for the GPUs that are here.
+
+    Raises:
+        RuntimeError: it is not to be compiled; it says why.
+    """
+    asked = listed("FASTKD_CUDA_ARCHS")
+    if asked == ["none"]:
+        raise RuntimeError("FASTKD_CUDA_ARCHS=none declined it")
+    if NVCC is None:
+        raise RuntimeError("there was no nvcc")
+    if asked:
+        return [arch.replace(".", "") for arch in asked]
+    here = gpus()
+    if archs := [arch for arch in here if int(arch) >= int(CUDA_ARCHS[0])]:
+        return archs
+    if required:
+        known = run([NVCC, "--list-gpu-arch"]).split()
+        return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known]
+    found = f"only a GPU older than sm_{CUDA_ARCHS[0]}, sm_{here[-1]}" if here else "no GPU"
+    raise RuntimeError(f"there was {found}, and FASTKD_CUDA_ARCHS named none")
+
+
+def gpus() -> list[str]:
+    """The architectures of this machine's GPUs, by NVIDIA's own tool, which comes with the driver."""
+    try:
+        capabilities = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    except (OSError, RuntimeError):
+        return []
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", capabilities, re.MULTILINE)}, key=int)
+
+
+def gencode(archs: list[str]) -> list[str]:
     """nvcc's options. Machine code for each, and for GPUs to come the newest as PTX.
 
     Not below 90, though: that PTX has no clusters, which are launched on every GPU from sm_90 on.
     """
-    known = run([NVCC, "--list-gpu-arch"]).split()
-    archs = [arch.replace(".", "") for arch in listed("FASTKD_CUDA_ARCHS")] or [
-        arch for arch in CUDA_ARCHS if f"compute_{arch}" in known
-    ]
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = max(archs, key=lambda arch: int(arch.rstrip("af")))
     if newest.isdigit() and int(newest) >= 90:
@@ -129,9 +197,15 @@ def run(command: list[str]) -> str:
     return result.stdout
 
 
-CUDA = Extension("fastkd._cuda", sources=[*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/binding.cpp"], optional=True)
-
 setup(
+    packages=sorted(
+        {
+            package + inner
+            for package, folder in PACKAGE_DIR.items()
+            for inner in ("", *(f".{name}" for name in find_packages(folder)))
+        }
+    ),
+    package_dir=PACKAGE_DIR,
     ext_modules=[
         Extension(
             "fastkd._cpu",
@@ -143,7 +217,7 @@ setup(
             language="c++",
             optional=True,
         ),
-        *([CUDA] if NVCC or "cuda" in REQUIRED else []),
+        Extension("fastkd._cuda", sources=[*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/binding.cpp"], optional=True),
     ],
-    cmdclass={"build_ext": BuildOptional},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildOptional},
 )

@@ -2,7 +2,8 @@
 
 For each backend, divergence and regime the worst of all temperatures and vocabularies, in float32 against the
 definitions in float64: the relative errors of the soft losses and of their gradient, in norm. Beside them those of the
-definitions in float32, as people write them in PyTorch. ``fastkd.bench.docs`` makes the table of it.
+definitions in float32, as people write them in PyTorch. And what a bfloat16 gradient loses that backward scales, with
+what it would cost to compute it there. ``fastkd.bench.docs`` makes the tables of it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import Divergence
-from fastkd.bench import run
+from fastkd.bench import run, timing
 
 PLAIN = "PyTorch"  # the definitions in float32
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -124,14 +127,50 @@ def sweep(backends: list[str], columns: list[int]) -> Iterator[dict[str, Any]]:
             yield {"divergence": name, "regime": regime, "errors": worst}
 
 
-def table(results: dict[str, Any]) -> list[list[str]]:
-    """A line for each divergence and regime, "loss / gradient" for each contender."""
+def rounding(backend: str, rows: int = 256, columns: int = 32000) -> dict[str, Any]:
+    """Errors of bfloat16 gradients, in norm, and interleaved times of forward and backward.
+
+    Scaled by 1, or by 3 in backward, where they are rounded again; or computed in backward, from scales that 3 is in.
+    """
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(rows, columns).bfloat16() for _ in range(2))
+    leaf = student.clone().requires_grad_()
+
+    def gradient(factor: float, reduction: str) -> Tensor:
+        loss = fastkd.kd_loss(leaf, teacher, temperature=2.0, reduction=reduction, backend=backend)  # type: ignore[call-overload]
+        return torch.autograd.grad(loss.sum() * factor, leaf)[0]
+
+    ways = {
+        "scaled by 1": partial(gradient, 1.0, "sum"),
+        "scaled by 3": partial(gradient, 3.0, "sum"),
+        "computed in backward": partial(gradient, 3.0, "none"),
+    }
+    exact_leaf = student.double().requires_grad_()
+    exact = definition("forward_kl", exact_leaf, teacher.double(), 2.0).sum() * 4.0
+    (exact_grad,) = torch.autograd.grad(exact, exact_leaf)
+    found = {name: way().double() / (1.0 if name == "scaled by 1" else 3.0) for name, way in ways.items()}
+    seconds = timing.interleaved(ways, "cpu", 10.0)
+    return {
+        name: {
+            "norm": float((found[name] - exact_grad).norm() / exact_grad.norm()),
+            "seconds": statistics.median(seconds[name]),
+        }
+        for name in ways
+    }
+
+
+def tables(results: dict[str, Any]) -> list[list[list[str]]]:
+    """A line for each divergence and regime, "loss / gradient" for each contender; and one for each way to round."""
     names = list(results["cases"][0]["errors"])
     lines = [["divergence", "regime", *names]]
     for case in results["cases"]:
         cells = [" / ".join(f"{error:.0e}" for error in case["errors"][name]) for name in names]
         lines.append([case["divergence"], case["regime"], *cells])
-    return lines
+    ways = results["rounding"]
+    once = ways["scaled by 1"]["seconds"]
+    rounded = [["bfloat16 gradient", "error", "time"]]
+    rounded += [[name, f"{way['norm']:.1e}", f"{way['seconds'] / once:.2f} x"] for name, way in ways.items()]
+    return [lines, rounded]
 
 
 def main() -> None:
@@ -140,8 +179,9 @@ def main() -> None:
     parser.add_argument("--backend", action="append", help="backends to hold against float64; default: cpu and torch")
     parser.add_argument("--columns", type=int, action="append", choices=VOCABULARIES, help="vocabularies; default: all")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"machine": run.machine("cpu"), "cases": []}
-    for case in sweep(arguments.backend or ["cpu", "torch"], arguments.columns or list(VOCABULARIES)):
+    backends = arguments.backend or ["cpu", "torch"]
+    results: dict[str, Any] = {"machine": run.machine("cpu"), "rounding": rounding(backends[0]), "cases": []}
+    for case in sweep(backends, arguments.columns or list(VOCABULARIES)):
         results["cases"].append(case)
         cells = (f"{name} {loss:.1e} / {gradient:.1e}" for name, (loss, gradient) in case["errors"].items())
         print(f"{case['divergence']:20}{case['regime']:14}", *cells, sep="  ", flush=True)

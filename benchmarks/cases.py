@@ -14,6 +14,7 @@ TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 HIDDEN = 1024  # width of hidden states
+HIDDEN_LAYERS = "hidden layers + backward"
 
 
 class Inputs(NamedTuple):
@@ -38,7 +39,8 @@ class Case:
     vocab: int
     dtype: str = "bfloat16"
     # or "loss", with no gradient asked for; "log_softmax", with its backward; "hidden states + backward", the loss from
-    # what comes before the output matrices, with the gradients of the student's two
+    # what comes before the output matrices, with the gradients of the student's two; "hidden layers + backward", the
+    # mean squared difference of states of width ``vocab``
     kind: str = "loss + backward"
     divergence: str = "forward_kl"  # or "reverse_kl", "jsd" (beta = 0.5)
     terms: str = "both"  # or "hard", "soft"
@@ -62,7 +64,8 @@ class Case:
         """Read each input once, write each output once."""
         if self.kind == "hidden states + backward":
             return 3 * (self.rows + self.vocab) * HIDDEN * DTYPES[self.dtype].itemsize
-        tensors = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3}[self.kind] - (self.terms == "hard")
+        kinds = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3, HIDDEN_LAYERS: 3}
+        tensors = kinds[self.kind] - (self.terms == "hard")
         return tensors * self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     def inputs(self, device: str) -> Inputs:
@@ -120,5 +123,11 @@ def full(device: str) -> Iterator[Case]:
         yield Case(count, 128256)
 
 
+def hidden_layers() -> Iterator[Case]:
+    """BERT's width, and that of a model of 7 billion parameters."""
+    for width, dtype in product((768, 4096), ("float32", "bfloat16")):
+        yield Case(4096, width, dtype, HIDDEN_LAYERS)
+
+
 def select(device: str, everything: bool) -> list[Case]:
-    return list(dict.fromkeys((full if everything else quick)(device)))
+    return list(dict.fromkeys([*(full if everything else quick)(device), *hidden_layers()]))

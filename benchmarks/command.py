@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing a case, at least 9 rounds (default 4)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the samples there, and plots beside it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="of the samples, plots beside it; default: fastkd-bench/DEVICE.json",
+    )
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="say what changed, no more")
 
 
@@ -35,16 +40,15 @@ def main(options: argparse.Namespace) -> int:
     if not cases:
         console.print(f"no case contains {options.only!r}")
         return 2
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+    out = options.out or Path("fastkd-bench", f"{device}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with console.status("") as status:
         for results in run.run(cases, device, options.seconds, status.update):
-            if options.out:  # a run that is cut short leaves what it has
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
+            out.write_text(json.dumps(results, indent=1) + "\n")  # a run that is cut short leaves what it has
     show(console, results)
-    if options.out:
-        for path in plots.draw(results, options.out.with_suffix("")):
-            console.print(f"plot: {path}", soft_wrap=True)
+    console.print(f"\nSamples: {out}", soft_wrap=True)
+    for path in plots.draw(results, out.with_suffix("")):
+        console.print(f"Plot: {path}", soft_wrap=True)
     return 0
 
 

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import summary
+from fastkd.bench import accuracy, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "accuracy.md")
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 OTHERS = ("eager", "torch.compile", "Liger")
 MISSING = "Not measured yet.\n"
@@ -28,6 +28,9 @@ def blocks() -> dict[str, str]:
         runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
         texts[f"{kind}_short"] = "".join(map(short, runs)) or MISSING
         texts[f"{kind}_full"] = "".join(map(full, runs)) or MISSING
+    digits = json.loads((RESULTS / "accuracy.json").read_text())
+    for name, lines in zip(("accuracy", "rounding"), accuracy.tables(digits), strict=True):
+        texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
     return texts
 
 

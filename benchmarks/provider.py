@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from torch import Tensor
 
+from fastkd import _extras
 from fastkd.bench.cases import Case, Inputs
 
 # From the inputs, the loss (or the log-probabilities), to which the runner applies backward.
@@ -23,8 +23,6 @@ class Provider(NamedTuple):
 
 def needs_gpu_and(package: str) -> Callable[[str], str | None]:
     def unavailable(device: str) -> str | None:
-        if find_spec(package) is None:
-            return "not installed"
-        return None if device == "cuda" else "needs a GPU"
+        return _extras.missing(package) if device == "cuda" else "needs a GPU"
 
     return unavailable

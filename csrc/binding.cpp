@@ -90,6 +90,17 @@ void scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t columns
     run(p, columns * 2, threads, k.scale_scratch(p), k.scale_row);
 }
 
+void hidden_rows(const py::tuple& s, const py::tuple& t, const py::tuple& ds, uintptr_t scale, uintptr_t loss,
+                 int64_t rows, int64_t inner_rows, int64_t columns, int kind, int threads) {
+    fastkd::HiddenParams p;
+    p.s = matrix(s), p.t = matrix(t), p.ds = matrix(ds);
+    p.scale = fastkd::pointer<const float>(scale), p.loss = fastkd::pointer<float>(loss);
+    p.rows = rows, p.inner_rows = inner_rows, p.columns = columns, p.kind = static_cast<fastkd::HiddenKind>(kind);
+    expect_large_pages(p.ds, rows, columns);
+    const Kernels& k = kernels();
+    run(p, columns * 8, threads, k.hidden_scratch(p), k.hidden_row);
+}
+
 // '' returns to the best one.
 py::object use_isa(const std::string& isa) {
     const Kernels* one = isa.empty() ? &fastkd::best_kernels() : fastkd::kernels_named(isa.c_str());
@@ -104,6 +115,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("kd_rows", &kd_rows);
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);
+    m.def("hidden_rows", &hidden_rows);
     m.def("isa", [] { return kernels().isa; });
     m.def("use_isa", &use_isa);
 }

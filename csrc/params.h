@@ -64,4 +64,17 @@ struct ScaleParams {
     float scalar = 1.0f;
 };
 
+// As in fastkd/_request.py.
+enum class HiddenKind : int { kMSE = 0, kCosine = 1 };
+
+struct HiddenParams {
+    Matrix s, t;                       // [B, S, columns] hidden states of student and teacher
+    Matrix ds;                         // [B, S, columns] gradient; no data: losses alone
+    const float* scale = nullptr;      // [N]
+    float* loss = nullptr;             // [N]
+    int64_t rows = 0, inner_rows = 0;  // N = B·S, S
+    int64_t columns = 0;
+    HiddenKind kind = HiddenKind::kMSE;
+};
+
 }  // namespace fastkd

@@ -10,5 +10,12 @@ from fastkd.divergences import SkewReverseKL as SkewReverseKL
 from fastkd.functional import KDLossParts as KDLossParts
 from fastkd.functional import kd_loss as kd_loss
 from fastkd.functional import log_softmax as log_softmax
+from fastkd.hidden import HiddenLoss as HiddenLoss
+from fastkd.hidden import HiddenLossParts as HiddenLossParts
+from fastkd.hidden import hidden_loss as hidden_loss
+from fastkd.layers import CopyReport as CopyReport
+from fastkd.layers import capture as capture
+from fastkd.layers import copy_layers as copy_layers
+from fastkd.layers import layer_map as layer_map
 from fastkd.modules import KDLoss as KDLoss
 from fastkd.sources import LinearLogits as LinearLogits

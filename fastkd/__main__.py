@@ -10,17 +10,19 @@ from importlib import util
 
 import torch
 
-from fastkd import _dispatch
+from fastkd import _built, _dispatch, _extras
 from fastkd._version import __version__
 
 
 def info() -> int:
-    """Print the versions, and for each device the backends: which one a call uses, and why the others cannot run."""
+    """Print the versions, what is compiled, and for each device which backend a call uses and why others cannot run."""
     versions = [f"fastkd {__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     versions.append(
         f"triton {importlib.import_module('triton').__version__}" if util.find_spec("triton") else "no triton"
     )
     print(" · ".join(versions))
+    compiled = " · ".join(f"{part} for {targets}" for part, targets in _built.targets().items())
+    print(f"compiled: {compiled or 'nothing on record'}")
     asked = _dispatch.requested(None)
     for device in [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["cpu"]:
         logits = torch.empty(1, 1, device=device)
@@ -50,8 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     demo_package.add_arguments(demo)
     bench = commands.add_parser("bench", help="time the loss beside eager PyTorch, torch.compile and other libraries")
-    missing = [name for name in ("matplotlib", "rich") if util.find_spec(name) is None]
-    if not missing:
+    missing = _extras.missing("matplotlib", "rich")
+    if missing is None:
         from fastkd.bench import command
 
         command.add_arguments(bench)
@@ -60,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         return info()
     if options.command == "demo":
         return demo_package.run(options)
-    if missing:
-        print(f'python -m fastkd bench: needs {" and ".join(missing)}: pip install "fastkd[bench]"', file=sys.stderr)
+    if missing is not None:
+        print(f"python -m fastkd bench {missing}", file=sys.stderr)
         return 2
     return int(command.main(options))
 

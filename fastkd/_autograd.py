@@ -301,6 +301,51 @@ def _varying(spec: RowSpec) -> tuple[RowSpec, Tensor | None]:
     return spec, varying
 
 
+class _HiddenLoss(_ScalarLoss):
+    """Of hidden states: another forward, with no hard term. Its backward has Nones to spare, which PyTorch allows."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str
+    ) -> tuple[Tensor | None, ...]:
+        losses, grad = _op.hidden_rows(student, teacher, scale, kind, ctx.needs_input_grad[0], backend)
+        ctx.save_for_backward(grad, losses)
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        return (losses * scale).sum(), None, losses
+
+
+class _HiddenLossPerRow(torch.autograd.Function):
+    """Of hidden states, one loss a row. Its sums are cheap to take again: backward starts from the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str) -> Tensor:
+        losses: Tensor
+        losses, _ = _op.hidden_rows(student, teacher, scale, kind, False, backend)
+        _save(ctx, student, teacher, scale)
+        ctx.kind, ctx.backend = kind, backend
+        return losses * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        student, teacher, scale = _saved(ctx)
+        (scale,) = _times([scale], grads[0])
+        _, grad = _op.hidden_rows(student, teacher, scale, ctx.kind, True, ctx.backend)
+        return _final(grad, student), *(None,) * 4
+
+
+def hidden_rows(student: Tensor, teacher: Tensor, scale: Tensor, kind: int, *, per_row: bool, backend: str) -> Tensor:
+    """``scale·loss`` of each row, or the sum, with a gradient to ``student``."""
+    if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
+        student = student.detach()
+    loss: Tensor
+    if per_row or student.dtype == torch.float16:
+        loss = _apply(_HiddenLossPerRow, student, teacher, scale, kind, backend)
+        return loss if per_row else loss.sum()
+    loss = _apply(_HiddenLoss, student, teacher, scale, kind, backend)[0]
+    return loss
+
+
 def log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype, backend: str) -> Tensor:
     varying = None
     if torch.compiler.is_compiling():

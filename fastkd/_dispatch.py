@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import warnings
 from types import TracebackType
 from typing import Any, Protocol, cast
 
@@ -38,6 +39,14 @@ class Backend(Protocol):
 
     def log_softmax_backward(self, grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
         """``out = (grad − softmax(logits/T)·Σ grad)/T``."""
+
+    def hidden_rows(
+        self, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
+    ) -> None:
+        """The loss of hidden states [B, S, H] (see ``HiddenKind``); a row whose scale is 0 is not read.
+
+        A backend may lack this one: the automatic choice then goes on.
+        """
 
 
 # Modules of fastkd.backends. Of those that can run, the automatic choice is the first in the device's list.
@@ -87,16 +96,20 @@ def requested(name: str | None) -> str:
     return _override or _from_environment
 
 
-def choose(logits: Tensor, name: str, teacher: Tensor | None = None) -> Backend:
-    """The backend called ``name``, or the device's first that can run on ``logits``.
+def choose(logits: Tensor, name: str, teacher: Tensor | None = None, operation: str = "kd_rows") -> Backend:
+    """The backend called ``name``, or the device's first that can run ``operation`` on ``logits``.
+
+    Warns, once, where a CPU's calls are slower than they need be since the ``cpu`` backend was not built.
 
     Raises:
         RuntimeError: the one asked for by name cannot; it says why.
     """
     for candidate in candidates(logits, name):
-        why = refusal(logits, candidate, teacher)
+        why = refusal(logits, candidate, teacher, operation)
         if why is None:
             return backend(candidate)
+        if candidate == "cpu" and not name and backend("cpu").unsupported(logits, teacher) is None:
+            _warn_once(why)
     raise RuntimeError(f"backend {name!r} cannot run here: {why}")
 
 
@@ -105,9 +118,21 @@ def candidates(logits: Tensor, name: str) -> tuple[str, ...]:
     return (name,) if name else PREFERENCE.get(logits.device.type, ("torch",))
 
 
-def refusal(logits: Tensor, name: str, teacher: Tensor | None = None) -> str | None:
-    """Why backend ``name`` cannot run on ``logits``, or None."""
-    return _unavailable(name) or backend(name).unsupported(logits, teacher)
+def refusal(logits: Tensor, name: str, teacher: Tensor | None = None, operation: str = "kd_rows") -> str | None:
+    """Why backend ``name`` cannot run ``operation`` on ``logits``, or None."""
+    lacks = None if hasattr(backend(name), operation) else f"it has no {operation}"
+    return _unavailable(name) or lacks or backend(name).unsupported(logits, teacher)
+
+
+@functools.cache
+def _warn_once(why: str) -> None:
+    """The install says it too, but pip does not show that. Who asks for a backend by name, 'torch' too, knows."""
+    warnings.warn(
+        f"fastkd: backend 'cpu' cannot run here, and 'torch', which is slower, does its work: {why}. To have no "
+        "warning, ask for 'torch' by fastkd.use_backend or FASTKD_BACKEND.",
+        RuntimeWarning,
+        stacklevel=1,
+    )
 
 
 @functools.cache

@@ -85,14 +85,19 @@ def linear_rows(
 ) -> list[Tensor | None]:  # fmt: skip
     """Fill ``losses``, hard [N], soft [N], stats [N, 8]; gradients of those of the student's tensors that are wanted.
 
-    On a CPU rows that do not count are left out of the products, and have losses of 0; elsewhere, looking would wait.
+    On a CPU rows that do not count are left out of the products, and have losses of 0; elsewhere, looking would wait,
+    and their hidden states, which may be NaN, are taken for 0.
     """
     is_cpu = losses[0].is_cpu
-    counted = _counted_rows(vectors) if is_cpu else None
+    counts = functools.reduce(torch.logical_or, (scale != 0 for scale in vectors[1:] if scale is not None))
+    counted = None
+    if _looking_is_free(counts):
+        counted = None if bool(counts.all()) else counts.nonzero().squeeze(1)
+        counts = None
     if counted is not None:
         for whole in losses:
             whole.zero_()
-    z_source = _source(student, spec.vocab_size, autocast, wants, counted is None)
+    z_source = _source(student, spec.vocab_size, autocast, wants, counted is None, counts)
     u_source = None if teacher is None else _source(teacher, spec.vocab_size, autocast)
     count = len(losses[0] if counted is None else counted)
     step = chunk_rows or default_chunk_rows(z_source.row_bytes + (u_source.row_bytes if u_source else 0), is_cpu)
@@ -113,11 +118,8 @@ def linear_rows(
     return z_source.grads()
 
 
-def _counted_rows(vectors: Vectors) -> Tensor | None:
-    """Which rows have a scale other than 0, in order; None if they all do."""
-    scales = [scale != 0 for scale in vectors[1:] if scale is not None]
-    counts = functools.reduce(torch.logical_or, scales)
-    return None if bool(counts.all()) else counts.nonzero().squeeze(1)
+def _looking_is_free(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
 
 def _source(
@@ -126,10 +128,11 @@ def _source(
     autocast: torch.dtype | None,
     wants: Sequence[bool] = (False, False, False),
     all_rows: bool = True,
+    counts: Tensor | None = None,
 ) -> Source:
     if isinstance(source, Tensor):
         return Whole(source, wants[0], all_rows)
-    return Linear(source, vocab_size, product_dtype(source.hidden, autocast), wants)
+    return Linear(source, vocab_size, product_dtype(source.hidden, autocast), wants, counts)
 
 
 class Whole:
@@ -176,9 +179,11 @@ class Linear:
         vocab_size: int,
         product_dtype: torch.dtype,
         wants: Sequence[bool] = (False, False, False),  # gradients of hidden states, matrix and bias
+        counts: Tensor | None = None,  # [N] which rows may be multiplied; all if None
     ) -> None:
         hidden, weight, bias, self._scale, self._softcap = source
         self._hidden = hidden.reshape(-1, hidden.shape[-1])
+        self._counts = None if counts is None else counts.unsqueeze(1)
         self._weight = weight[:vocab_size].to(product_dtype)
         self._bias = None if bias is None else bias[:vocab_size]
         self._memory: dict[str, Tensor] = {}
@@ -200,6 +205,8 @@ class Linear:
 
     def logits(self, rows: Selection) -> tuple[Tensor, Tensor | None]:
         self._chunk = self._hidden[rows].to(self._weight.dtype)
+        if self._counts is not None:  # 0·NaN would reach the gradient of the matrix
+            self._chunk = torch.where(self._counts[rows], self._chunk, 0.0)
         factor = self._scale if self._softcap is None else self._scale / self._softcap
         self._logits = logits = self._of_chunk("logits", self._dtype)
         if self._bias is not None:

@@ -42,7 +42,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     return register
 
 
-def _spec(numbers: Sequence[Any], varying: Tensor | None) -> RowSpec:
+def _row_spec(numbers: Sequence[Any], varying: Tensor | None) -> RowSpec:
     spec = RowSpec(*numbers)
     if varying is None:
         return spec
@@ -54,11 +54,14 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _row_losses(student: Tensor) -> Tensor:
+    return student.new_empty(student.shape[:-1], dtype=_compute_dtype(student))
+
+
 def _losses(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(hard, soft, stats) for these logits, uninitialised."""
-    rows = student.shape[:-1]
-    hard = student.new_empty(rows, dtype=_compute_dtype(student))
-    return hard, torch.empty_like(hard), hard.new_empty((*rows, NUM_STATS))
+    hard = _row_losses(student)
+    return hard, torch.empty_like(hard), hard.new_empty((*hard.shape, NUM_STATS))
 
 
 def _gradient(student: Tensor, want_grad: bool = True) -> Tensor:
@@ -125,7 +128,7 @@ def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """
     weight, bias, teacher, teacher_weight, teacher_bias, *vectors = args[:9]
     *numbers, varying, scale, softcap, teacher_scale, teacher_softcap, autocast, chunk_rows, wants, backend = args[9:]
-    spec = _spec(numbers, varying)
+    spec = _row_spec(numbers, varying)
     source: Tensor | LinearLogits = student
     if weight is not None:
         source = LinearLogits(student, weight, bias, scale, softcap)
@@ -182,6 +185,22 @@ def log_softmax_backward(
     return out
 
 
+@_define(
+    "hidden_rows(Tensor student, Tensor teacher, Tensor scale, int kind, bool want_grad, str backend)"
+    " -> (Tensor, Tensor)",
+    lambda student, *args: (_row_losses(student), _gradient(student, want_grad=args[-2])),
+)
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, want_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(losses, gradient): the loss of each row, unscaled, and the gradient times its scale if asked for."""
+    losses, grad = _row_losses(student), _gradient(student, want_grad)
+    views = row_views(student, teacher, *([grad] if want_grad else []))
+    chosen = _dispatch.choose(student, backend, teacher, "hidden_rows")
+    chosen.hidden_rows(views[0], views[1], flat(scale), kind, flat(losses), views[2] if want_grad else None)
+    return losses, grad
+
+
 def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     return out, torch.empty((*logits.shape[:-1], 2), dtype=_compute_dtype(logits), device=logits.device)
@@ -189,7 +208,7 @@ def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     teacher, labels, hard_scale, soft_scale, z_scale, *numbers, varying, backend = args
-    spec = _spec(numbers, varying)
+    spec = _row_spec(numbers, varying)
     _check_labels(student, spec, labels, hard_scale, soft_scale)
     losses = _losses(student)
     hard, soft, stats = losses
@@ -209,7 +228,7 @@ def _check_labels(
 
 def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
     teacher, labels, hard_scale, soft_scale, z_scale, stats, *numbers, varying, backend = args
-    spec = _spec(numbers, varying)
+    spec = _row_spec(numbers, varying)
     rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
     assert grad_view is not None
     _dispatch.choose(student, backend, teacher).kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)

@@ -24,6 +24,13 @@ class Mix(IntEnum):
     BOTH = 2
 
 
+class HiddenKind(IntEnum):
+    """What :class:`fastkd.HiddenLoss` calls its kinds. Their numbers are the same in every language."""
+
+    MSE = 0
+    COSINE = 1
+
+
 class RowSpec(NamedTuple):
     """The numbers of the row operation; as plain arguments, part of the registered operators' schema."""
 

@@ -31,10 +31,10 @@ _NOT_PER_ROW = {
 }
 
 
-def check_logits(name: str, logits: Tensor) -> None:
+def check_logits(name: str, logits: Tensor, columns: str = "V") -> None:
     _check_tensor(name, logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., V) with V >= 1")
+        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., {columns}) with {columns} >= 1")
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
@@ -57,12 +57,6 @@ def check_dense(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() if rows alone are sharded"
         )
-
-
-def check_hidden_states(name: str, hidden: Tensor) -> None:
-    _check_tensor(name, hidden)
-    if hidden.dim() < 1 or hidden.shape[-1] < 1:
-        raise ValueError(f"{name}: got shape {tuple(hidden.shape)}, must be (..., H) with H >= 1")
 
 
 def check_linear(name: str, source: LinearLogits, autocast: bool) -> None:
@@ -194,8 +188,14 @@ def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_siz
         raise ValueError(f"vocab_size: got {vocab_size}, must be in [1, {min(student, teacher)}], the columns of both")
 
 
-def check_per_row(name: str, value: Tensor | None, student_logits: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """``value`` has one entry a row, on the logits' device."""
+def check_per_row(
+    name: str,
+    value: Tensor | None,
+    student_logits: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    of: str = "student_logits",
+) -> None:
+    """``value`` has one entry a row, on the device of the logits, or of what ``of`` names."""
     if value is None:
         return
     if not isinstance(value, Tensor):
@@ -208,14 +208,15 @@ def check_per_row(name: str, value: Tensor | None, student_logits: Tensor, dtype
     if value.shape != student_logits.shape[:-1]:
         raise ValueError(
             f"{name}: got shape {tuple(value.shape)}, must be {tuple(student_logits.shape[:-1])}, "
-            "one entry a row of student_logits; nothing broadcasts"
+            f"one entry a row of {of}; nothing broadcasts"
         )
-    check_device(name, value, student_logits)
+    check_device(name, value, student_logits, of)
 
 
-def check_device(name: str, value: Tensor, student_logits: Tensor) -> None:
+def check_device(name: str, value: Tensor, student_logits: Tensor, of: str = "student_logits") -> None:
     if value.device != student_logits.device:
-        raise ValueError(f"{name}: got device {value.device}, must be student_logits' {student_logits.device}")
+        whose = f"{of}'" if of.endswith("s") else f"{of}'s"
+        raise ValueError(f"{name}: got device {value.device}, must be {whose} {student_logits.device}")
 
 
 def check_no_gradient(name: str, value: Tensor | None) -> None:
@@ -284,3 +285,21 @@ def check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:
         why = "share memory with teacher_logits"
     if why:
         raise ValueError(f"inplace_backward: got True, but student_logits {why}; must be False here")
+
+
+def check_hidden(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
+    student, teacher = tuple(student_hidden.shape), tuple(teacher_hidden.shape)
+    if student[:-1] != teacher[:-1]:
+        raise ValueError(
+            f"teacher_hidden: got shape {teacher}, must match student_hidden's {student}; nothing broadcasts"
+        )
+    if student != teacher:
+        raise ValueError(
+            f"teacher_hidden: got a width of {teacher[-1]}, student_hidden has {student[-1]}; they must be equal, or "
+            "the student's projected to the teacher's width, as fastkd.HiddenLoss does"
+        )
+
+
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, must be one of {', '.join(map(repr, allowed))}")

@@ -216,7 +216,7 @@ def kd_loss(
 
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
     hard_rows = soft_rows = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items)
-    if soft_mask is not None:
+    if soft_mask is not None and labels is not None:
         soft_rows = _row_scale(student_logits, None, ignore_index, soft_mask, token_weights, reduction, soft_items)
         labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts needs one too
     name = _dispatch.requested(backend)
@@ -295,7 +295,7 @@ def _checked(name: str, source: Logits) -> Tensor:
     if not isinstance(source, LinearLogits):
         _validate.check_logits(name, source)
         return source
-    _validate.check_hidden_states(f"{name}.hidden", source.hidden)
+    _validate.check_logits(f"{name}.hidden", source.hidden, "H")
     autocast = _linear.autocast_dtype(source.hidden)
     _validate.check_linear(name, source, autocast is not None)
     return _linear.logits_like(source, autocast)

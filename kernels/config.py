@@ -52,3 +52,12 @@ def alignment(*optional: torch.Tensor | None) -> dict[str, int | bool]:
 def device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device; make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def hidden_options(columns: int, warp_size: int | None = None) -> dict[str, int | bool]:
+    """BLOCK and warps for rows of hidden states, which are held whole: at most 16 warps, whose registers fit 16384."""
+    block = max(128, triton.next_power_of_2(columns))
+    lanes = warp_size or (32 if torch.version.hip is None else 64)
+    warps = min(16, max(1, block // (COLUMNS_PER_THREAD * lanes)))
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}

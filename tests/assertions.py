@@ -81,6 +81,24 @@ def check_call(
     check_gradient(grad, expected_grad)
 
 
+def check_hidden_loss(
+    student: Tensor, teacher: Tensor, *, backend: str, grad_output: Tensor | None = None, **keywords: Any
+) -> None:
+    """``fastkd.hidden_loss`` with these arguments agrees with the reference; its inputs stay as they were."""
+    before = student.clone(), teacher.clone()
+    leaf, exact = student.detach().requires_grad_(), student.detach().double().requires_grad_()
+    loss = fastkd.hidden_loss(leaf, teacher, backend=backend, **keywords)
+    assert loss.dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32)
+    grad_output = torch.ones_like(loss) if grad_output is None else grad_output
+    (grad,) = torch.autograd.grad(loss, leaf, grad_output)
+    assert grad.dtype == student.dtype
+    expected = reference.hidden_loss(exact, teacher, **keywords)
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad_output.double())
+    check_loss(loss.detach(), expected.detach())
+    check_gradient(grad, expected_grad)
+    assert same_bits(student, before[0]) and same_bits(teacher, before[1]), "an input was written"
+
+
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal, and NaN where the other is NaN."""
     return left.dtype == right.dtype and bool(((left == right) | ((left != left) & (right != right))).all())

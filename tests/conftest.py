@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for `import tests.…`
+# transformers looks for a package of this name, and would find the folder at the root of the tree.
+sys.modules["kernels"] = None  # type: ignore[assignment]
 pytest.register_assert_rewrite("tests.assertions")
 
 from fastkd import _dispatch  # noqa: E402
@@ -27,6 +29,8 @@ from tests import interpreter  # noqa: E402
 def pytest_configure(config: pytest.Config) -> None:
     # NumPy warns of inf − inf and log 0, which the kernels guard and a GPU computes in silence.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    # Of a machine without a compiler, on which test_dispatch says what must run.
+    config.addinivalue_line("filterwarnings", "ignore:fastkd. backend 'cpu':RuntimeWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

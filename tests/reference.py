@@ -96,6 +96,35 @@ def hard_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     return (1.0 - label_smoothing) * of_label - label_smoothing * log_p.mean(-1)
 
 
+def hidden_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kind: str = "mse",
+    mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """Σ (s − t)²/H, or 1 − cos(s, t), over the rows that count, in float64. A vector of zeros has no direction."""
+    counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
+    s, t = student.double()[counts], teacher.double()[counts]
+    if kind == "mse":
+        rows = ((s - t) ** 2).sum(-1) / s.shape[-1]
+    else:
+        zero = (s == 0).all(-1) | (t == 0).all(-1)
+        one = torch.ones_like(s)
+        unit_s, unit_t = (
+            x / x.norm(dim=-1, keepdim=True) for x in (torch.where(zero[:, None], one, v) for v in (s, t))
+        )
+        rows = torch.where(zero, 1.0, ((unit_s - unit_t) ** 2).sum(-1) / 2)
+    if token_weights is not None:
+        rows = rows * token_weights.double()[counts]
+    if reduction == "none":
+        return torch.zeros(counts.shape, dtype=torch.float64, device=s.device).masked_scatter(counts, rows)
+    return rows.sum() if reduction == "sum" else rows.sum() / (max(len(s), 1) if num_items is None else num_items)
+
+
 def kd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -114,8 +143,12 @@ def kd_loss(
     reduction: str = "mean",
     num_items: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
     vocab_size: int | None = None,
+    z_loss_weight: float = 0.0,
 ) -> Parts:
-    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)), each term over the rows that count for it, in float64."""
+    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)) + ζ·(log Σ exp z)², each over the rows that count for it, in float64.
+
+    The last one's are those of the first, or without labels, of the second.
+    """
     counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None:
         counts = counts & (labels != ignore_index)
@@ -129,12 +162,15 @@ def kd_loss(
         hard = hard_loss(z[counts], labels[counts], label_smoothing)
     log_t, log_s = (torch.log_softmax(logits[soft_counts] / temperature, -1) for logits in (u, z))
     soft = divergence(log_t, log_s)
+    z_counts = soft_counts if labels is None else counts
+    z_losses = torch.logsumexp(z[z_counts], -1) ** 2
 
     t2 = temperature**2 if scale_soft_by_t2 else 1.0
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, num_items)
     loss = z.new_zeros(counts.shape)
     for weight, losses, rows, items in (
-        (hard_weight, hard, counts, hard_items), ((soft_weight or 0.0) * t2, soft, soft_counts, soft_items)
+        (hard_weight, hard, counts, hard_items), ((soft_weight or 0.0) * t2, soft, soft_counts, soft_items),
+        (z_loss_weight, z_losses, z_counts, hard_items),
     ):  # fmt: skip
         if not weight:  # a term of weight 0 is absent, even where it is infinite
             continue

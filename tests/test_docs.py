@@ -24,14 +24,25 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["functional", "modules", "divergences", "_dispatch", "_labels"])
+@pytest.mark.parametrize("name", ["functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels"])
 def test_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fastkd.{name}"))
     assert results.failed == 0
 
 
 @pytest.mark.parametrize(
-    "public", [fastkd.kd_loss, fastkd.log_softmax, fastkd.KDLoss], ids=lambda public: public.__name__
+    "public",
+    [
+        fastkd.kd_loss,
+        fastkd.log_softmax,
+        fastkd.KDLoss,
+        fastkd.hidden_loss,
+        fastkd.HiddenLoss,
+        fastkd.layer_map,
+        fastkd.capture,
+        fastkd.copy_layers,
+    ],
+    ids=lambda public: public.__name__,
 )
 def test_there_is_an_example(public: Any) -> None:
     assert doctest.DocTestParser().get_examples(public.__doc__)
@@ -45,7 +56,7 @@ def test_everything_public_is_documented() -> None:
     )
     for name, value in public.items():
         assert value.__doc__, name
-        assert "Raises:" in value.__doc__ or name in ("KDLoss", "KDLossParts"), name
+        assert "Raises:" in value.__doc__ or name in ("KDLoss", "KDLossParts", "HiddenLossParts", "CopyReport"), name
 
 
 def test_every_argument_is_documented() -> None:

@@ -132,6 +132,24 @@ def test_what_users_write_by_hand(backend: str, device: str, temperature: float,
     check_gradient(grad, expected_grad)
 
 
+@pytest.mark.parametrize("items", [0, 0.0, 7, 2.5], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("leading", [(), (2, 3)], ids=str)
+def test_num_items_as_number_and_as_tensor(leading: tuple[int, ...], shape: tuple[int, ...], items: float) -> None:
+    """The same, whatever the tensor's shape; the mean of 0 items is 0, and so is its gradient."""
+    given = inputs(leading, 17)
+    leaf = given[0].requires_grad_()
+    results = []
+    for value in (items, torch.full(shape, items)):
+        parts = fastkd.kd_loss(leaf, *given[1:], hard_weight=0.5, num_items=value, return_parts=True)
+        results.append((*parts, *torch.autograd.grad(parts.loss, leaf)))
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=2e-7, atol=0)
+    loss, hard, soft, grad = results[0]
+    assert bool(loss) == bool(hard) == bool(soft) == bool(grad.any()) == bool(items)
+
+
 @pytest.mark.parametrize("weights", [{"soft_weight": 0.0}, {"hard_weight": 0.0}, {}], ids=str)
 def test_a_term_of_weight_0_is_not_computed(device: str, weights: dict[str, float]) -> None:
     """The operator is called without the tensors of a term that is absent."""

@@ -70,6 +70,8 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
             rows(device)[0], None, None, *head(device), None, *rows(device)[2:], *JSD, *NUMBERS, 3, [True, False, False]
         ),
     ),
+    "hidden_rows": ("hidden_rows", lambda device: (*rows(device)[:2], rows(device)[3], 0, True)),
+    "hidden_rows_loss": ("hidden_rows", lambda device: (*rows(device, torch.bfloat16)[:2], rows(device)[3], 1, False)),
     "scale_": ("scale_", lambda device: (rows(device)[0], torch.tensor(2.0, device=device))),
     "log_softmax": ("log_softmax", lambda device: (rows(device)[0], 2.0, None, torch.bfloat16)),
     "log_softmax_backward": (
@@ -82,6 +84,8 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
 def test_opcheck(backend: str, device: str, call: str) -> None:
     """Schema, fake implementation and autograd registration agree with what the operator does."""
     name, arguments = CALLS[call]
+    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, name):
+        pytest.skip(why)
     operator = getattr(torch.ops.fastkd, name).default
     torch.library.opcheck(operator, (*arguments(device), backend))
 
@@ -127,6 +131,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "linear_teacher": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, z_loss_weight=0.1, **keys)(z, of(u), y),
     "module": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, **keys)(z, u, y),
     "log_softmax": lambda z, u, y, **keys: -(u * fastkd.log_softmax(z, temperature=2.0, **keys)).sum(),
+    "hidden": lambda z, u, y, **keys: fastkd.hidden_loss(z, u, mask=y > 3, **keys),
+    "hidden_none": lambda z, u, y, **keys: fastkd.hidden_loss(z, u, reduction="none", **keys).square().sum(),
+    "hidden_module": lambda z, u, y, **keys: fastkd.HiddenLoss([(0, 0)], COLUMNS, COLUMNS, kind="cosine", **keys)(
+        [z], [u], mask=y > 3
+    ),
 }
 
 
@@ -144,7 +153,8 @@ def gradient(loss: Callable[..., Tensor], hidden: Tensor, *rest: Tensor) -> tupl
 @pytest.mark.parametrize("backend", _dispatch.NAMES)
 def test_compile(device: str, backend: str, name: str) -> None:
     """One graph, and what eager gives, value and gradient."""
-    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend):
+    operation = "hidden_rows" if name.startswith("hidden") else "kd_rows"
+    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, operation):
         pytest.skip(why)
     given = inputs(ROWS, COLUMNS, device=device)
 
@@ -157,7 +167,7 @@ def test_compile(device: str, backend: str, name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["mean", "none"])
+@pytest.mark.parametrize("name", ["mean", "none", "hidden"])
 def test_compile_with_inductor(device: str, name: str) -> None:
     """The default compiler, which plans memory and generates code around the operators."""
     given = inputs(ROWS, COLUMNS, torch.bfloat16, device=device)
@@ -171,6 +181,8 @@ SHAPED: dict[str, Callable[..., Tensor]] = {
     "mean": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3),
     "none": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3, reduction="none").square().sum(),
     "log_softmax": lambda z, u, y: -(u * fastkd.log_softmax(z, temperature=2.0)).sum(),
+    "hidden": lambda z, u, y: fastkd.hidden_loss(z, u, kind="cosine"),
+    "hidden_none": lambda z, u, y: fastkd.hidden_loss(z, u, reduction="none").square().sum(),
 }
 
 
@@ -245,10 +257,11 @@ def test_schedule(device: str, name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_schedule_of_a_module(device: str) -> None:
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_schedule_of_a_module(device: str, compiler: str) -> None:
     """Its attributes, integers too; a scheduler sets them outside the compiled function."""
     module = fastkd.KDLoss(**BOTH)
-    graphs = CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend(compiler)
     compiled = torch.compile(module, fullgraph=True, backend=graphs)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for count, step in enumerate(STEPS, start=1):

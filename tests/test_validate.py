@@ -38,7 +38,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hard_weight": None}, ValueError, "hard_weight: got None with labels, must be a number"),
     ({"hard_weight": math.nan}, ValueError, "hard_weight: got nan, must be finite"),
     ({"hard_weight": "0.5"}, TypeError, "hard_weight: got str, must be a number"),
-    ({"hard_weight": torch.nn.Parameter(torch.ones(()))}, TypeError, "hard_weight: got Parameter, must be a number; a"),
+    ({"hard_weight": torch.nn.Parameter(torch.ones(()))}, TypeError, "hard_weight: got Parameter, must be a number; o"),
     ({"labels": None}, ValueError, "labels: got None with hard_weight=0.5, must be given"),
     ({"soft_weight": math.inf}, ValueError, "soft_weight: got inf, must be finite"),
     ({"soft_weight": None}, TypeError, "soft_weight: got NoneType, must be a number"),
@@ -169,6 +169,23 @@ def test_a_temperature_whose_square_is_a_number(dtype: torch.dtype) -> None:
     loss = fastkd.kd_loss(student, torch.zeros(2, 8, dtype=dtype), temperature=1e19)
     loss.backward()
     assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd"])
+def test_the_way_to_a_temperature_a_row(divergence: str) -> None:
+    """That the refusal names: value and gradient of a call for each row."""
+    student, teacher = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    temperatures = torch.tensor([1.0, 2.0, 3.5])
+    by_row = temperatures.unsqueeze(1)
+    together = fastkd.kd_loss(
+        student / by_row, teacher / by_row, divergence=divergence, reduction="sum", token_weights=temperatures**2
+    )
+    alone = sum(
+        fastkd.kd_loss(student[row], teacher[row], divergence=divergence, temperature=temperature)
+        for row, temperature in enumerate(temperatures.tolist())
+    )
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (together, alone)))
 
 
 def test_dtensor() -> None:

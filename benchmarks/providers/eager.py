@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.bench.cases import HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
 from fastkd.bench.provider import Loss, Provider
 
 
@@ -27,6 +27,8 @@ def divergence(name: str, log_s: Tensor, log_t: Tensor) -> Tensor:
 def formula(case: Case, inputs: Inputs) -> Tensor:
     """At least in float32; in float64 it is the reference that all contenders are checked against."""
     student, teacher = (x if x.dtype == torch.float64 else x.float() for x in inputs.logits())
+    if case.kind == HIDDEN_LAYERS:
+        return F.mse_loss(student, teacher)
     if case.kind == "log_softmax":
         return F.log_softmax(student / TEMPERATURE, -1).to(inputs.grad_output.dtype)
     loss = student.new_zeros(())

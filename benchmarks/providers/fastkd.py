@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _dispatch
-from fastkd.bench.cases import HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
 from fastkd.bench.provider import Loss, Provider
 
 
@@ -17,7 +17,11 @@ def unavailable(backend: str, device: str) -> str | None:
     return _dispatch.refusal(torch.empty(1, 1, device=device), backend)
 
 
-def loss(backend: str, case: Case) -> Loss:
+def loss(backend: str, case: Case) -> Loss | None:
+    if case.kind == HIDDEN_LAYERS:
+        if not hasattr(_dispatch.backend(backend), "hidden_rows"):
+            return None
+        return lambda inputs: fastkd.hidden_loss(inputs.student, inputs.teacher, backend=backend)
     if case.kind == "log_softmax":
         return lambda inputs: fastkd.log_softmax(inputs.student, temperature=TEMPERATURE, backend=backend)
 

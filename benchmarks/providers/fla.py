@@ -15,4 +15,4 @@ def fla(case: Case) -> Loss | None:
     return lambda inputs: HARD_WEIGHT * cross_entropy(inputs.student, inputs.labels)
 
 
-PROVIDERS = (Provider("FLA", needs_gpu_and("fla"), fla),)
+PROVIDERS = (Provider("FLA", needs_gpu_and("fla-core"), fla),)

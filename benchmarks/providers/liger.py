@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.bench.cases import HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
 from fastkd.bench.provider import Loss, Provider, needs_gpu_and
 
 
 def liger(case: Case) -> Loss | None:
-    if case.kind == "log_softmax" or case.inplace:
+    if case.kind in ("log_softmax", HIDDEN_LAYERS) or case.inplace:
         return None
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[case.divergence]
     if case.kind == "hidden states + backward":
@@ -54,4 +54,4 @@ def from_hidden_states(case: Case, beta: float) -> Loss:
     return run
 
 
-PROVIDERS = (Provider("Liger", needs_gpu_and("liger_kernel"), liger, overwrites=True),)
+PROVIDERS = (Provider("Liger", needs_gpu_and("liger-kernel"), liger, overwrites=True),)

@@ -14,4 +14,4 @@ def quack(case: Case) -> Loss | None:
     return lambda inputs: HARD_WEIGHT * cross_entropy(inputs.student, inputs.labels)
 
 
-PROVIDERS = (Provider("QuACK", needs_gpu_and("quack"), quack),)
+PROVIDERS = (Provider("QuACK", needs_gpu_and("quack-kernels"), quack),)

@@ -13,6 +13,8 @@ struct Kernels {
     void (*log_softmax_row)(const LogSoftmaxParams&, int64_t row, float* scratch);
     int64_t (*scale_scratch)(const ScaleParams&);
     void (*scale_row)(const ScaleParams&, int64_t row, float* scratch);
+    int64_t (*hidden_scratch)(const HiddenParams&);
+    void (*hidden_row)(const HiddenParams&, int64_t row, float* scratch);
 };
 
 }  // namespace fastkd

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "hidden.h"
 #include "kd_rows.h"
 #include "kernels.h"
 #include "log_softmax.h"
@@ -37,6 +38,7 @@ void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
 extern const Kernels kernels;
 const Kernels kernels = {
     FASTKD_ISA_NAME, kd_scratch, kd_row, log_softmax_scratch, log_softmax_row, scale_scratch, scale_row,
+    hidden_scratch, hidden_row,
 };
 
 }  // namespace FASTKD_ISA

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import _built
 from fastkd._request import Rows, RowSpec
 from fastkd.backends import _arguments
 
@@ -15,7 +16,7 @@ _cpu: Any = None
 try:
     _cpu = importlib.import_module("fastkd._cpu")
 except ImportError as error:
-    _missing = str(error)
+    _missing = _built.missing("cpu", error)
 
 
 def unavailable() -> str | None:
@@ -49,6 +50,16 @@ def scale_(grad: Tensor, scalar: Tensor) -> None:
     if number != 1.0:
         outer, inner, columns = grad.shape
         _cpu.scale(_arguments.matrix(grad), outer * inner, inner, columns, number, torch.get_num_threads())
+
+
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
+) -> None:
+    outer, inner, columns = student.shape
+    _cpu.hidden_rows(
+        *map(_arguments.matrix, (student, teacher, grad)), scale.data_ptr(), losses.data_ptr(), outer * inner, inner,
+        columns, kind, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import _built
 from fastkd._request import Rows, RowSpec
 from fastkd.backends import _arguments
 
@@ -16,12 +17,12 @@ _cuda: Any = None
 try:
     _cuda = importlib.import_module("fastkd._cuda")
 except ImportError as error:
-    _missing = str(error)
+    _missing = _built.missing("cuda", error)
 
 
 def unavailable() -> str | None:
     if _cuda is None:
-        return f"its CUDA part is not built ({_missing}); with nvcc and a C++ compiler, reinstall fastkd from source"
+        return f"its CUDA part is not built ({_missing}); with nvcc, reinstall fastkd from source where there is a GPU"
     return None
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from fastkd._request import LOG_HARD, PEAK_STUDENT, Formula, Mix, Rows, RowSpec
+from fastkd._request import LOG_HARD, PEAK_STUDENT, Formula, HiddenKind, Mix, Rows, RowSpec
 
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
@@ -79,6 +79,24 @@ def scale_(grad: Tensor, scalar: Tensor) -> None:
         chunk.copy_(chunk.to(scalar.dtype) * scalar)
 
 
+@torch.no_grad()  # of a backward that keeps a graph, which would not let out= be
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
+) -> None:
+    alive = scale != 0
+    dead = None if alive.is_cpu and bool(alive.all()) else ~alive
+    for at, (some, others, *out) in _split(student, teacher, *([] if grad is None else [grad])):
+        s, t = some.to(losses.dtype), others.to(losses.dtype)
+        loss, ds, factor = _HIDDEN[HiddenKind(kind)](s, t)
+        losses[at] = loss.squeeze(1)
+        for result in out:
+            torch.mul(ds, factor * scale[at].unsqueeze(1), out=result)
+            if dead is not None:  # a row that does not count may hold NaN, which a factor of 0 does not remove
+                result.masked_fill_(dead[at].unsqueeze(1), 0.0)
+    if dead is not None:
+        losses.masked_fill_(dead, 0.0)
+
+
 def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
     for at, (x, result) in _split(logits, out):
         z = x.to(lse.dtype)
@@ -94,6 +112,37 @@ def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor,
         peak, log_sum = lse[at].chunk(2, -1)
         p = (x.to(lse.dtype) - peak).div_(temperature).sub_(log_sum).exp_()
         result.copy_(torch.addcmul(g, p, g.sum(-1, keepdim=True), value=-1.0).div_(temperature))
+
+
+def _mean_square(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(Σ (s − t)²/H [R, 1], its gradient [R, H] but for a factor, that factor)."""
+    e = s - t
+    return e.square().mean(-1, keepdim=True), e, 2.0 / s.shape[-1]
+
+
+def _cosine(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of 1 − cos, as half the squared distance of unit vectors: it has digits as the two come together.
+
+    A vector of zeros has no direction: the loss is 1, the gradient 0.
+    """
+    a, b = _inverse_norm(s), _inverse_norm(t)
+    unit = s * a
+    e = torch.addcmul(unit, t, b, value=-1.0)
+    none = (a == 0) | (b == 0)
+    loss = e.square().sum(-1, keepdim=True).mul_(0.5).masked_fill_(none, 1.0)
+    return loss, e.addcmul_(unit, loss, value=-1.0), a.masked_fill(none, 0.0)
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1/‖x‖ [R, 1]; 0 for zeros, NaN where the square is infinite."""
+    square = x.square().sum(-1, keepdim=True)
+    return (square.rsqrt() + 0.0 * square).masked_fill_(square == 0, 0.0)
+
+
+_HIDDEN: dict[HiddenKind, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | float]]] = {
+    HiddenKind.MSE: _mean_square,
+    HiddenKind.COSINE: _cosine,
+}
 
 
 def _soft_term(
@@ -146,7 +195,9 @@ def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tupl
     """m = p_t: g = −c_s·p_s·d. Where the student has mass and the teacher none, the value is inf and the gradient 0."""
     g = _no_nan(p_s * d).mul_(-spec.c_s)
     value = g.sum(-1, keepdim=True)
-    return value, g.addcmul_(p_s, value, value=-1.0).nan_to_num_(0.0, 0.0, 0.0)
+    residual = g.addcmul_(p_s, value, value=-1.0).nan_to_num_(0.0, 0.0, 0.0)
+    # Again, since its sum is 0, but for the rounding of a d of tens where p_s is near 1.
+    return value, _residual(residual, p_s)
 
 
 def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,14 @@ def scale_(grad: Tensor, scalar: Tensor) -> None:
     kernel.scale_(grad, scalar)
 
 
+def hidden_rows(
+    student: Tensor, teacher: Tensor, scale: Tensor, kind: int, losses: Tensor, grad: Tensor | None
+) -> None:
+    from fastkd.kernels import hidden as kernel
+
+    kernel.hidden_rows(student, teacher, scale, kind, losses, grad)
+
+
 def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) -> None:
     from fastkd.kernels import log_softmax as kernel
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-# The modules that a task imports, apart from torch: the extra `demo`.
-NEEDS = {"text": ("matplotlib", "rich", "tokenizers"), "digits": ("matplotlib", "rich", "sklearn")}
+from fastkd import _extras
+
+# What a task needs apart from torch: the extra `demo`.
+NEEDS = {
+    "text": ("matplotlib", "rich", "tokenizers"),
+    "digits": ("matplotlib", "rich", "scikit-learn"),
+    "layers": ("matplotlib", "rich", "tokenizers"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=tuple(NEEDS),
         default="text",
         help="text: a language model on Python's own sources, some minutes on 2 CPU cores (default); "
-        "digits: scikit-learn's handwritten digits, seconds",
+        "digits: the 1797 handwritten digits that come with scikit-learn, some seconds; it needs that package; "
+        "layers: students that also learn from a teacher's hidden layers, several minutes",
     )
+    parser.add_argument("--quick", action="store_true", help="a quarter of each batch: about a minute on 2 CPU cores")
     parser.add_argument("--out", type=Path, default=Path("fastkd-demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the data split, the models and the batches (default 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -28,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, compare, report; the exit status."""
-    missing = [name for name in NEEDS[arguments.task] if find_spec(name) is None]
-    if missing:
-        return _refuse(f'the demo needs {" and ".join(missing)}: pip install "fastkd[demo]"')
+    if missing := _extras.missing(*NEEDS[arguments.task]):
+        return _refuse(f"the {arguments.task} task {missing}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch finds no CUDA device here")
+    if arguments.quick and arguments.task == "layers":
+        return _refuse("--quick: the layers task has no shorter form")
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     from fastkd.demo import digits, report, text, training
@@ -40,8 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     console = report.console()
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
+        if arguments.task == "layers":
+            from fastkd.demo import layers_report
+
+            layers_report.run(console, arguments.seed, device, arguments.out)
+            return 0
         with console.status("Preparing the data"):
             task = {"text": text, "digits": digits}[arguments.task].make_task(arguments.seed, device)
+        if arguments.quick:
+            task = task.quick()
     except (FileNotFoundError, FileExistsError) as error:
         return _refuse(str(error))
     report.introduce(console, task, device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,7 @@ NAMES = {
 }
 # Bytes of logits below which the resident memory of a process, in pages, tells nothing about the loss.
 SMALLEST_MEASURED = 2**20
+QUARTILES = ("low", "median", "high")
 
 
 def console() -> Console:
@@ -105,8 +107,14 @@ def _table(task: Task, comparison: Comparison, peaks: dict[str, int | None]) -> 
     return table
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.{0 if seconds > 0.02 else 2}f}"
+def _quartiles(samples: Iterable[float]) -> list[float]:
+    return statistics.quantiles(samples, n=4, method="inclusive")
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    """The median, and half the width of the middle half."""
+    low, middle, high = _quartiles(seconds)
+    return f"{middle * 1e3:.{0 if middle > 0.02 else 2}f} ± {(high - low) / 2 / middle:.0%}"
 
 
 def _findings(task: Task, comparison: Comparison, peaks: dict[str, int | None], device: torch.device) -> Iterator[str]:
@@ -120,22 +128,30 @@ def _findings(task: Task, comparison: Comparison, peaks: dict[str, int | None], 
         f"The two KD loss curves differ by {max(comparison.differences):.1e} at most, "
         f"{comparison.relative_difference:.1e} of the loss."
     )
-    line = f"The loss and its gradient: fastkd is {_ratio(usual.loss_seconds, fast.loss_seconds, 'faster', 'slower')}"
+    line = f"Loss and gradient: fastkd has {_speed(usual.loss_seconds, fast.loss_seconds)} the usual loss's speed"
     if peaks["usual"] and peaks["fastkd"]:
-        line += f" and takes {_ratio(peaks['usual'], peaks['fastkd'], 'less memory', 'more memory')}"
-    yield f"{line} than the usual loss."
+        line += f" and takes {peaks['fastkd'] / peaks['usual']:.0%} of its memory"
+    yield f"{line}. The whole step: {_speed(usual.step_seconds, fast.step_seconds)}."
     if task.classes < 1000:
         yield f"With {task.classes} classes a loss costs next to nothing either way; fastkd is for large vocabularies."
     note = (
-        f"Times: medians over the steps, forward and backward; logits of {task.rows:,} × {task.classes:,} in float32."
+        f"Times: medians of {task.student.steps} steps, the students in turns on the same batches, ± half the width of "
+        "their middle half; in brackets the middle half of the ratios, step by step. Logits of "
+        f"{task.rows:,} × {task.classes:,} in float32."
     )
     if any(peaks.values()):
         note += f" Memory: the peak beyond the two sets of logits, by {memory.how(device)}."
     yield f"[dim]{note}[/dim]"
 
 
-def _ratio(usual: float, fast: float, better: str, worse: str) -> str:
-    return f"{usual / fast:.1f} × {better}" if usual >= fast else f"{fast / usual:.1f} × {worse}"
+def _ratios(usual: list[float], fast: list[float]) -> list[float]:
+    """Quartiles of how many times as fast, step by step: both ran on the same batch, one after the other."""
+    return _quartiles(u / f for u, f in zip(usual, fast, strict=True))
+
+
+def _speed(usual: list[float], fast: list[float]) -> str:
+    low, middle, high = _ratios(usual, fast)
+    return f"{middle:.1f} × ({low:.1f} to {high:.1f})"
 
 
 def _figures(
@@ -153,7 +169,8 @@ def _figures(
         "hard_weight": task.hard_weight,
         "largest_difference": max(comparison.differences),
         "largest_relative_difference": comparison.relative_difference,
-        "loss_time_ratio": usual.loss_seconds / fast.loss_seconds,
+        "loss_time_ratio": dict(zip(QUARTILES, _ratios(usual.loss_seconds, fast.loss_seconds), strict=True)),
+        "step_time_ratio": dict(zip(QUARTILES, _ratios(usual.step_seconds, fast.step_seconds), strict=True)),
         "loss_peak_bytes": peaks,
         "teacher": asdict(comparison.teacher),
         "students": {name: asdict(run) for name, run in comparison.students.items()},

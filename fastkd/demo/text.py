@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,25 +26,43 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pyd
 END = "<|end|>"
 
 
-def make_task(seed: int, device: torch.device) -> Task:
+class Text(NamedTuple):
+    """The library's sources as token ids."""
+
+    train: Tensor
+    held_out: Tensor
+    log_frequencies: Tensor  # of each token, in the text to train on
+    summary: str
+
+
+def load(seed: int, device: torch.device, vocabulary: int) -> Text:
     root = Path(sysconfig.get_paths()["stdlib"])
     train_files, held_out_files = split(source_files(root), seed)
     train_texts, held_out_texts = read(train_files, CHARACTERS), read(held_out_files, CHARACTERS // 10)
     if len(held_out_texts) < 5:
         raise FileNotFoundError(f"{root} holds too few Python sources to train on; --task digits needs none")
-    tokenizer = train_tokenizer(train_texts, VOCABULARY)
+    tokenizer = train_tokenizer(train_texts, vocabulary)
     train_ids, held_out_ids = encode(tokenizer, train_texts).to(device), encode(tokenizer, held_out_texts).to(device)
-    counts = torch.bincount(train_ids, minlength=VOCABULARY)
-    frequencies = ((counts + 1.0) / (counts + 1.0).sum()).log()
-    model, batches = partial(LanguageModel, frequencies, CONTEXT), partial(random_batches, train_ids)
+    counts = torch.bincount(train_ids, minlength=vocabulary)
+    return Text(
+        train_ids,
+        held_out_ids,
+        ((counts + 1.0) / (counts + 1.0).sum()).log(),
+        f"Python's own standard library as text: {len(train_texts)} files ({len(train_ids):,} tokens) to train on, "
+        f"{len(held_out_texts)} others held out; a vocabulary of {vocabulary:,} BPE tokens.",
+    )
+
+
+def make_task(seed: int, device: torch.device) -> Task:
+    data = load(seed, device, VOCABULARY)
+    model, batches = partial(LanguageModel, data.log_frequencies, CONTEXT), partial(random_batches, data.train)
     return Task(
         name="text",
-        summary=f"Python's own standard library as text: {len(train_texts)} files ({len(train_ids):,} tokens) to train "
-        f"on, {len(held_out_texts)} others held out; a vocabulary of {VOCABULARY:,} BPE tokens.",
+        summary=data.summary,
         row="token",
         rows=BATCH * CONTEXT,
         classes=VOCABULARY,
-        held_out=list(even_batches(held_out_ids)),
+        held_out=list(even_batches(data.held_out)),
         teacher=Recipe(lambda: model(width=192, layers=2, heads=4).to(device), batches, steps=160, learning_rate=4e-3),
         student=Recipe(lambda: model(width=128, layers=1, heads=4).to(device), batches, steps=80, learning_rate=5e-3),
         temperature=2.0,

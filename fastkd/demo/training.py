@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,13 @@ class Recipe:
     steps: int
     learning_rate: float
 
+    def quick(self) -> Recipe:
+        def quarters(steps: int, seed: int) -> Iterator[Batch]:
+            for inputs, labels in self.batches(steps, seed):
+                yield inputs[: len(inputs) // 4], labels[: len(labels) // 4]
+
+        return replace(self, batches=quarters)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -39,16 +45,20 @@ class Task:
     temperature: float
     hard_weight: float
 
+    def quick(self) -> Task:
+        """A quarter of each batch. (A quarter of the steps would take no longer, and teach much less.)"""
+        return replace(self, rows=self.rows // 4, teacher=self.teacher.quick(), student=self.student.quick())
+
 
 @dataclass
 class Run:
-    """What one training run left behind. Times are medians over the steps."""
+    """What one training run left behind."""
 
     steps: int
     losses: list[float] = field(default_factory=list)  # the training loss of each step
     held_out: dict[int, float] = field(default_factory=dict)  # cross-entropy per row after so many steps
-    loss_seconds: float = 0.0
-    step_seconds: float = 0.0
+    loss_seconds: list[float] = field(default_factory=list)  # of each step: the loss and its gradient
+    step_seconds: list[float] = field(default_factory=list)  # of each step, the teacher's forward within
 
     @property
     def final(self) -> float:
@@ -76,57 +86,70 @@ Track = Callable[[str, int], Callable[[Run], None]]
 
 def compare(task: Task, seed: int, track: Track) -> Comparison:
     """Train the teacher, then three students that differ in the loss alone."""
-    teacher, teacher_run = train(task, task.teacher, None, labels_only, 2 * seed, track("teacher", task.teacher.steps))
-    students = {}
-    for name, loss in LOSSES.items():
-        guide = None if loss is labels_only else teacher
-        _, students[name] = train(task, task.student, guide, loss, 2 * seed + 1, track(name, task.student.steps))
-    return Comparison(teacher_run, students)
+    teacher = train(task, task.teacher, None, {"teacher": labels_only}, 2 * seed, track)["teacher"]
+    students = train(task, task.student, teacher.model, LOSSES, 2 * seed + 1, track)
+    return Comparison(teacher.run, {name: student.run for name, student in students.items()})
 
 
 def train(
-    task: Task,
-    recipe: Recipe,
-    teacher: nn.Module | None,
-    loss_function: Loss,
-    seed: int,
-    on_step: Callable[[Run], None],
-) -> tuple[nn.Module, Run]:
-    torch.manual_seed(seed)
-    model = recipe.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    # Up over the first tenth of the steps, down over the last 40 %.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) * 10 / recipe.steps, 1.0, (recipe.steps - step) / (0.4 * recipe.steps))
-    )
-    run = Run(recipe.steps, held_out={0: evaluate(model, task.held_out)})
-    loss_seconds, step_seconds = [], []
-    for step, (inputs, labels) in enumerate(recipe.batches(recipe.steps, seed), 1):
+    task: Task, recipe: Recipe, teacher: nn.Module | None, losses: dict[str, Loss], seed: int, track: Track
+) -> dict[str, Trainee]:
+    """One model for each loss, alike but for that: on each batch all take a step.
+
+    In turns, and each round the other way round, so that whatever else the machine does hits the times of all alike.
+    """
+    trainees = {
+        name: Trainee(recipe, loss, None if loss is labels_only else teacher, seed) for name, loss in losses.items()
+    }
+    after_step = {name: track(name, recipe.steps) for name in losses}
+    for trainee in trainees.values():
+        trainee.run.held_out[0] = evaluate(trainee.model, task.held_out)
+    for step, batch in enumerate(recipe.batches(recipe.steps, seed), 1):
+        for trainee in list(trainees.values())[:: 1 if step % 2 else -1]:
+            trainee.step(task, *batch)
+        for name, trainee in trainees.items():
+            if step % max(1, recipe.steps // 10) == 0 or step == recipe.steps:
+                trainee.run.held_out[step] = evaluate(trainee.model, task.held_out)
+            after_step[name](trainee.run)
+    return trainees
+
+
+class Trainee:
+    """A model, how it is trained, and its run."""
+
+    def __init__(self, recipe: Recipe, loss: Loss, teacher: nn.Module | None, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model, self.loss, self.teacher = recipe.model(), loss, teacher
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        # Up over the first tenth of the steps, down over the last 40 %.
+        steps = recipe.steps
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) * 10 / steps, 1.0, (steps - step) / (0.4 * steps))
+        )
+        self.run = Run(steps)
+
+    def step(self, task: Task, inputs: Tensor, labels: Tensor) -> None:
         started = _now(inputs)
-        logits = model(inputs).flatten(0, -2)
+        logits = self.model(inputs).flatten(0, -2)
         with torch.no_grad():
-            teacher_logits = None if teacher is None else teacher(inputs).flatten(0, -2)
+            teacher_logits = None if self.teacher is None else self.teacher(inputs).flatten(0, -2)
 
         # The loss's backward ends at the logits, to be timed apart from the model's.
         leaf = logits.detach().requires_grad_()
         loss_started = _now(inputs)
-        loss = loss_function(leaf, teacher_logits, labels.flatten(), task.temperature, task.hard_weight)
+        loss = self.loss(leaf, teacher_logits, labels.flatten(), task.temperature, task.hard_weight)
         loss.backward()  # type: ignore[no-untyped-call]
-        loss_seconds.append(_now(inputs) - loss_started)
+        self.run.loss_seconds.append(_now(inputs) - loss_started)
 
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         logits.backward(leaf.grad)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        step_seconds.append(_now(inputs) - started)
-
-        run.losses.append(loss.item())
-        if step % max(1, recipe.steps // 10) == 0 or step == recipe.steps:
-            run.held_out[step] = evaluate(model, task.held_out)
-        on_step(run)
-    run.loss_seconds, run.step_seconds = median(loss_seconds), median(step_seconds)
-    return model, run
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.run.step_seconds.append(_now(inputs) - started)
+        self.run.losses.append(loss.item())
 
 
 @torch.no_grad()

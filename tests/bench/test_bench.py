@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastkd import _extras
 from fastkd.__main__ import main
 from fastkd.bench import check, docs, plots, run, summary, timing
 from fastkd.bench.cases import Case, Inputs, full, quick
@@ -36,7 +37,7 @@ def results(device: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [
     Case(5, 33), Case(5, 33, "float16", "loss"), Case(5, 33, "float32", "log_softmax"),
-    Case(5, 33, kind="hidden states + backward"),
+    Case(5, 33, kind="hidden states + backward"), Case(5, 33, kind="hidden layers + backward"),
     Case(5, 33, divergence="reverse_kl"), Case(5, 33, divergence="jsd"), Case(5, 33, terms="hard"),
     Case(5, 33, terms="soft"), Case(5, 33, grad_output=0.5), Case(5, 33, inplace=True),
 ], ids=lambda case: case.name)  # fmt: skip
@@ -114,6 +115,30 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["bench", "--compare", str(out), str(out)]) == 0
     assert "4 x 1000" in capsys.readouterr().out
     assert main(["bench", "--only", "nothing of this name"]) == 2
+
+
+def test_command_says_where_it_saves(
+    results: dict[str, Any],
+    device: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By default in a folder of its own, plots and all."""
+    folder = Path("fastkd-bench")
+    saved = {f"{device}.json", f"{device}-vocab.png", f"{device}-vocab.svg"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "is_plain", lambda case: case["kind"] == "loss + backward")
+    monkeypatch.setattr(run, "run", lambda *arguments: iter([results]))
+    assert main(["bench"]) == 0
+    assert {path.name for path in folder.iterdir()} == saved
+    printed = capsys.readouterr().out
+    assert all(str(folder / name) in printed for name in saved)
+
+
+def test_a_contender_that_is_not_installed_says_how_to_add_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extras, "find_spec", lambda name: None)
+    assert NAMES["Liger"].unavailable("cuda") == "needs liger-kernel: pip install liger-kernel"
 
 
 @pytest.mark.parametrize("page", docs.PAGES, ids=lambda page: page.name)

@@ -60,6 +60,25 @@ def test_builds_agree(isa: str, dtype: torch.dtype, divergence: str | fastkd.Div
     torch.testing.assert_close(grad.float() / size, best[1].float() / size, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_builds_agree_on_hidden_states(isa: str, dtype: torch.dtype, kind: str) -> None:
+    student, teacher, _ = inputs(3, 3001, dtype)
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.hidden_loss(leaf, teacher, kind=kind, reduction="none", backend="cpu")
+        return loss.detach(), torch.autograd.grad(loss, leaf, 100.0 * torch.ones_like(loss))[0]
+
+    best = run()
+    if why := cpu._cpu.use_isa(isa):
+        pytest.skip(why)
+    loss, grad = run()
+    torch.testing.assert_close(loss, best[0], rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad, best[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_number_of_threads_changes_no_bit() -> None:
     case = inputs(67, 5000)
     results = []

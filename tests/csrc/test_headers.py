@@ -169,6 +169,10 @@ def test_numbers_agree() -> None:
     assert {name.lower(): int(number) for name, number in dtypes.items()} == {
         str(dtype).removeprefix("torch."): number for dtype, number in _arguments.DTYPES.items()
     }
+    kinds = dict(re.findall(r"k(\w+) = (\d)", source("params.h", "enum class HiddenKind")))
+    assert {name.lower(): int(number) for name, number in kinds.items()} == {
+        kind.name.lower(): kind.value for kind in _request.HiddenKind
+    }
     stats = [name.upper() for name in re.findall(r"k(\w+)", source("params.h", "enum Stats"))]
     names = [
         "PEAK_STUDENT",

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-import fastkd.demo
+from fastkd import _extras
 from fastkd.__main__ import main
 
 
 def test_digits_end_to_end(tmp_path, capsys):
-    assert main(["demo", "--task", "digits", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert main(["demo", "--task", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
 
     printed = capsys.readouterr().out
     for name in ("Teacher", "labels only", "usual loss", "fastkd"):
@@ -19,18 +19,32 @@ def test_digits_end_to_end(tmp_path, capsys):
     assert students["fastkd"]["losses"] == pytest.approx(students["usual"]["losses"], abs=1e-4)
     assert students["fastkd"]["losses"] != students["labels"]["losses"]
     assert figures["largest_difference"] < 1e-4
+    for ratio in (figures["loss_time_ratio"], figures["step_time_ratio"]):
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     for run in (figures["teacher"], *students.values()):
-        assert len(run["losses"]) == run["steps"]
+        assert len(run["losses"]) == len(run["loss_seconds"]) == len(run["step_seconds"]) == run["steps"]
         held_out = run["held_out"]
         assert held_out[str(run["steps"])] < held_out["0"]
 
 
 def test_a_missing_dependency_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(fastkd.demo, "find_spec", lambda name: None if name == "rich" else object())
-    assert main(["demo"]) == 2
+    """That names packages, not modules, and what works whether fastkd comes from a checkout or a package."""
+    monkeypatch.setattr(_extras, "find_spec", lambda name: None if name in ("rich", "sklearn") else object())
+    assert main(["demo", "--task", "digits"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == 'python -m fastkd demo: the demo needs rich: pip install "fastkd[demo]"\n'
+    assert captured.err == (
+        "python -m fastkd demo: the digits task needs rich and scikit-learn: pip install rich scikit-learn\n"
+    )
+    assert main(["bench"]) == 2
+    assert capsys.readouterr().err == "python -m fastkd bench needs rich: pip install rich\n"
+
+
+def test_help_says_what_a_task_takes(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "scikit-learn" in printed and "--quick" in printed
 
 
 def test_a_missing_device_is_one_line(monkeypatch, capsys):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastkd.demo import memory, text
+from fastkd.demo.losses import labels_only
 from fastkd.demo.models import LanguageModel
-from fastkd.demo.training import Recipe, Task, compare
+from fastkd.demo.training import Recipe, Task, compare, train
 
 VOCABULARY = 320
 CPU = torch.device("cpu")
@@ -22,6 +23,10 @@ def files():
 @pytest.fixture(scope="module")
 def tokenizer(files):
     return text.train_tokenizer(text.read(files, 50_000), VOCABULARY)
+
+
+def silent(name, steps):
+    return lambda run: None
 
 
 def toy_task(ids):
@@ -97,11 +102,39 @@ def test_a_few_steps_agree_and_repeat(files, tokenizer):
     ids = text.encode(tokenizer, random.Random(0).sample(text.read(files, 50_000), 3))
     seen = []
     comparison = compare(toy_task(ids), seed=3, track=lambda name, steps: lambda run: seen.append(name))
-    assert seen == [name for name in ("teacher", "labels", "usual", "fastkd") for _ in range(4)]
+    assert seen == ["teacher"] * 4 + ["labels", "usual", "fastkd"] * 4
     assert max(comparison.differences) < 1e-5
     assert comparison.teacher.final < comparison.teacher.held_out[0]
-    again = compare(toy_task(ids), seed=3, track=lambda name, steps: lambda run: None)
+    again = compare(toy_task(ids), seed=3, track=silent)
     assert again.students["fastkd"].losses == comparison.students["fastkd"].losses
+
+
+def test_models_take_turns_on_the_same_batches():
+    task = toy_task(torch.randint(VOCABULARY, (500,)))
+    seen = []
+
+    def watched(name):
+        def loss(student, teacher, labels, temperature, hard_weight):
+            seen.append((name, labels.sum().item()))
+            return labels_only(student, teacher, labels, temperature, hard_weight)
+
+        return loss
+
+    trainees = train(task, task.student, None, {"a": watched("a"), "b": watched("b")}, seed=0, track=silent)
+    names, batches = zip(*seen, strict=True)
+    assert "".join(names) == "abbaabba"
+    assert batches[::2] == batches[1::2] and len(set(batches)) == 4
+    assert trainees["a"].run.losses == trainees["b"].run.losses
+
+
+def test_a_quick_task_has_a_quarter_of_each_batch():
+    task = toy_task(torch.arange(500))
+    quick = task.quick()
+    assert 4 * quick.rows == task.rows and quick.student.steps == task.student.steps
+    whole, quarter = (list(recipe.batches(3, 0)) for recipe in (task.student, quick.student))
+    for (inputs, labels), (few_inputs, few_labels) in zip(whole, quarter, strict=True):
+        assert few_inputs.numel() == quick.rows and torch.equal(few_labels, labels[: len(few_labels)])
+        assert torch.equal(few_inputs, inputs[: len(few_inputs)])
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="the system does not tell a process's peak memory")

@@ -21,10 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastkd._request import Mix, RowSpec
+from fastkd._request import HiddenKind, Mix, RowSpec
 from fastkd.divergences import JSD, NAMED, Divergence
-from fastkd.kernels.config import launch_options
+from fastkd.kernels.config import hidden_options, launch_options
 from fastkd.kernels.divergence import moment_rule
+from fastkd.kernels.hidden import hidden_rows_kernel
 from fastkd.kernels.kd_rows import kd_rows_kernel
 from fastkd.kernels.log_softmax import log_softmax_backward_kernel, log_softmax_kernel
 from fastkd.kernels.scale import scale_kernel
@@ -36,6 +37,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LARGE = 128256
+WIDEST = 16384  # hidden states that registers hold
 
 # One member of each structure.
 MEMBERS = (*NAMED.values(), JSD(0.5))
@@ -59,6 +61,11 @@ def cases() -> Iterator[Case]:
             for member in MEMBERS if dtype == "bf16" else MEMBERS[:1]:
                 for mode in ("fused", "loss", "grad"):
                     yield kd_rows(f"{member.name}-{mode}-{suffix}", dtype, tiles, member, mode)
+        for width in (768, WIDEST):
+            for kind in HiddenKind:
+                types = argument_types(dtype, False, ("s", "t", "ds"), ("scale", "loss"))
+                constants = {"KIND": int(kind), "WIDTH": width}
+                yield f"hidden-{kind.name.lower()}-{dtype}-{width}", hidden_rows_kernel, types, constants
     tiles = {"VEC": 8, "PEEL": False}
     yield kd_rows("soft-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", hard=False)
     yield kd_rows("hard-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", soft=False)
@@ -104,8 +111,12 @@ def mix_of(member: Divergence) -> Mix:
 
 
 def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], target: GPUTarget) -> Any:
-    options = dict(launch_options(LARGE, target.warp_size, heavy=constants.get("MIX") == Mix.BOTH))
-    constants = constants | {"BLOCK": options.pop("BLOCK")}
+    constants = dict(constants)
+    if "WIDTH" in constants:
+        options = dict(hidden_options(constants.pop("WIDTH"), target.warp_size))
+    else:
+        options = dict(launch_options(LARGE, target.warp_size, heavy=constants.get("MIX") == Mix.BOTH))
+    constants["BLOCK"] = options.pop("BLOCK")
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:

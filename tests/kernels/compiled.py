@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastkd._request import Rows, RowSpec
-from fastkd.kernels import kd_rows, log_softmax, scale
+from fastkd.kernels import hidden, kd_rows, log_softmax, scale
 
 # Rows, columns, offset of the labels, and the divergence's numbers.
 CALLS: dict[str, tuple[int, int, int, tuple[int, float, float, float]]] = {
@@ -54,6 +54,7 @@ def call(rows: int, columns: int, offset: int, divergence: tuple[int, float, flo
     scale.scale_(dz, torch.tensor(0.5))
     log_softmax.log_softmax(z, dz, lse, 2.0)
     log_softmax.log_softmax_backward(z, u, lse, dz, 2.0)
+    hidden.hidden_rows(z, u, hard, 0, soft, dz)
 
 
 def main() -> None:

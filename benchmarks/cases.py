@@ -14,7 +14,7 @@ TEMPERATURE, HARD_WEIGHT, SOFT_WEIGHT = 2.0, 0.5, 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 HIDDEN = 1024  # width of hidden states
-HIDDEN_LAYERS = "hidden layers + backward"
+HIDDEN_STATES, HIDDEN_LAYERS = "hidden states + backward", "hidden layers + backward"
 
 
 class Inputs(NamedTuple):
@@ -62,7 +62,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """Read each input once, write each output once."""
-        if self.kind == "hidden states + backward":
+        if self.kind == HIDDEN_STATES:
             return 3 * (self.rows + self.vocab) * HIDDEN * DTYPES[self.dtype].itemsize
         kinds = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3, HIDDEN_LAYERS: 3}
         tensors = kinds[self.kind] - (self.terms == "hard")
@@ -72,7 +72,7 @@ class Case:
         generator = torch.Generator(device).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": device}
         options_2d = {**options, "dtype": DTYPES[self.dtype]}
-        if self.kind == "hidden states + backward":
+        if self.kind == HIDDEN_STATES:
             student, teacher = (torch.randn(self.rows, HIDDEN, **options_2d) for _ in range(2))
             heads = tuple(torch.randn(self.vocab, HIDDEN, **options_2d).mul_(3.0 * HIDDEN**-0.5) for _ in range(2))
             heads[0].requires_grad_()
@@ -102,7 +102,7 @@ def quick(device: str) -> Iterator[Case]:
     for vocab in VOCABULARIES:
         yield Case(4096, vocab)
     yield Case(4096, 128256, "float32")
-    for kind in ("loss", "log_softmax", "hidden states + backward"):
+    for kind in ("loss", "log_softmax", HIDDEN_STATES):
         yield Case(4096, 128256, kind=kind)
     for rows in (1, 64):
         yield Case(rows, 128256)
@@ -116,8 +116,10 @@ def full(device: str) -> Iterator[Case]:
         yield Case(rows, vocab, dtype, kind)
     for divergence, terms in (("reverse_kl", "both"), ("jsd", "both"), ("forward_kl", "hard"), ("forward_kl", "soft")):
         yield Case(rows, 128256, divergence=divergence, terms=terms)
-    # Many CPUs multiply matrices of bfloat16 very slowly.
-    yield Case(rows, 128256, "float32" if device == "cpu" else "bfloat16", kind="hidden states + backward")
+    for terms in ("both", "soft", "hard"):
+        # Many CPUs multiply matrices of bfloat16 very slowly.
+        shape = (2048, 32000, "float32") if device == "cpu" else (8192, 128256, "bfloat16")
+        yield Case(*shape, kind=HIDDEN_STATES, terms=terms)
     yield Case(rows, 128256, grad_output=0.5)
     yield Case(rows, 128256, inplace=True)
     for count in (1, 4, 16, 64, 256, 1024) if device == "cpu" else (1, 8, 64, 512, 16384):

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastkd.bench.cases import Case, Inputs
+from fastkd.bench.cases import HIDDEN_STATES, Case, Inputs
 from fastkd.bench.provider import Loss
 from fastkd.bench.providers.eager import formula
 
@@ -74,7 +74,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def is_wrong(case: Case, found: dict[str, float | None]) -> bool:
-    rounds = case.kind in ("log_softmax", "hidden states + backward")  # what is compared, or the logits behind it
+    rounds = case.kind in ("log_softmax", HIDDEN_STATES)  # what is compared, or the logits behind it
     value_limit = GRADIENT_LIMIT[case.dtype] if rounds else LOSS_LIMIT
     limits = {"value": value_limit, "gradient": GRADIENT_LIMIT[case.dtype]}
     return any(error is not None and not error <= limits[name] for name, error in found.items())

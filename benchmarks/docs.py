@@ -38,14 +38,14 @@ def blocks() -> dict[str, str]:
 
 def short(results: dict[str, Any]) -> str:
     """A line for each case and backend: its time, and its speed against the others'."""
-    lines = [["case", "backend", "time", *(f"x {other}" for other in OTHERS), "of a copy's speed"]]
+    lines = [["case", "backend", "time", *(f"x {other}" for other in OTHERS), "of the floor's speed"]]
     for case in results["cases"]:
         found = summary.figures(case)
         ours = [(name, f) for name, f in found.items() if name.startswith("fastkd ") and f.seconds]
         for name, f in sorted(ours, key=lambda item: item[1].seconds):
             others = [found[other].seconds if other in found else None for other in OTHERS]
             ratios = [f"{seconds / f.seconds:.2f}" if seconds else "" for seconds in others]
-            time, share = summary.duration(f.seconds), f"{f.of_copy:.0%}"
+            time, share = summary.duration(f.seconds), f"{f.of_floor:.0%}"
             lines.append([case["name"], f"`{name.split()[1]}`", time, *ratios, share])
     return f"{summary.machine_line(results['machine'])}\n\n{table(summary.without_empty_columns(lines))}"
 

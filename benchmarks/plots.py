@@ -1,4 +1,4 @@
-"""Pictures of a run: time, share of the copy's speed and memory, over the vocabulary and over the rows."""
+"""Pictures of a run: time, share of the floor's speed and memory, over the vocabulary and over the rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastkd.bench.cases import Case
 
 # Told apart by colour-blind readers too.
 COLORS = {
-    "copy": "#777777", "eager": "#E69F00", "torch.compile": "#CC79A7", "Liger": "#D55E00", "fastkd cuda": "#0072B2",
-    "fastkd triton": "#56B4E9", "fastkd cpu": "#0072B2", "fastkd torch": "#009E73",
+    "copy": "#777777", "products": "#777777", "eager": "#E69F00", "torch.compile": "#CC79A7", "Liger": "#D55E00",
+    "fastkd cuda": "#0072B2", "fastkd triton": "#56B4E9", "fastkd cpu": "#0072B2", "fastkd torch": "#009E73",
 }  # fmt: skip
 PANELS = {
     "time per element, ns": lambda case, f: f.seconds and f.seconds * 1e9 / (case["rows"] * case["vocab"]),
-    "share of a copy's speed, %": lambda case, f: f.of_copy and 100 * f.of_copy,
+    "share of the floor's speed, %": lambda case, f: f.of_floor and 100 * f.of_floor,
     "extra memory, bytes per element": lambda case, f: f.extra and f.extra / (case["rows"] * case["vocab"]),
 }
 

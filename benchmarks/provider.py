@@ -19,6 +19,11 @@ class Provider(NamedTuple):
     unavailable: Callable[[str], str | None]  # why it cannot run on a device, or None
     loss: Callable[[Case], Loss | None]  # None: it does not compute such a case
     overwrites: bool = False  # the student's logits, even where the case is not in place
+    is_floor: bool = False  # what no contender can do without, and computes no loss
+
+
+def needs(package: str) -> Callable[[str], str | None]:
+    return lambda device: _extras.missing(package)
 
 
 def needs_gpu_and(package: str) -> Callable[[str], str | None]:

@@ -82,7 +82,7 @@ def prepare(provider: Provider, case: Case, device: str) -> tuple[dict[str, Any]
         make_inputs = case.inputs if case.inplace or provider.overwrites else partial(check.shared_inputs, case)
         inputs = make_inputs(device)
         result: dict[str, Any] = {"first_use": timing.first_use(lambda: check.call(loss, inputs), device)}
-        if provider.name == "copy":
+        if provider.is_floor:
             return {**result, "status": "ok"}, lambda: loss(inputs)
         found = check.errors(case, loss, make_inputs(device), device)
     except Exception as error:  # a contender that fails is shown with its reason

@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
-HEADERS = ("contender", "time", "with launches", "eager", "GB/s", "copy", "memory", "launches", "first use", "error")
+HEADERS = ("contender", "time", "with launches", "eager", "GB/s", "floor", "memory", "launches", "first use", "error")
+FLOORS = ("copy", "products")
 LEGEND = """\
 time: median of a call and half the width of the middle half of the samples, contenders in turns; on a GPU its kernels'
 alone, all queued before the first begins. with launches: what the host waits for the call. eager: that many times
-its speed. GB/s: of the bytes that must be moved. copy: share of the speed of copying as many bytes. memory: peak beyond
-the inputs. launches: kernels a call. error: against float64, relative, the larger of value's and gradient's."""
+its speed. GB/s: of the bytes that must be moved. floor: share of the speed of copying as many bytes, or from hidden
+states, of the products of matrices alone. memory: peak beyond the inputs. launches: kernels a call. error: against
+float64, relative, the larger of value's and gradient's."""
 
 
 class Figures(NamedTuple):
@@ -21,7 +23,7 @@ class Figures(NamedTuple):
     spread: float | None = None  # half of the middle half's width, over the median
     speedup: float | None = None  # eager's time over this
     rate: float | None = None  # bytes a second, counting what must be moved
-    of_copy: float | None = None  # the copy's time over this
+    of_floor: float | None = None  # the time of the copy, or of the products, over this
     extra: float | None = None  # peak memory beyond the inputs, over the bytes of the inputs
     with_launches: float | None = None  # median
     launches: int | None = None
@@ -38,11 +40,11 @@ def figures(case: dict[str, Any]) -> dict[str, Figures]:
             continue
         seconds, samples = medians[name], contender["seconds"]
         low, _, high = quartiles(samples)
-        ratio = {other: medians[other] / seconds if other in medians else None for other in ("eager", "copy")}
+        ratio = {other: medians[other] / seconds if other in medians else None for other in ("eager", *FLOORS)}
         errors = [error for error in contender.get("error", {}).values() if error is not None]
         found[name] = Figures(
             contender["status"], seconds, (high - low) / 2 / seconds, ratio["eager"], case["bytes"] / seconds,
-            ratio["copy"], contender.get("peak_bytes"),
+            ratio["copy"] or ratio["products"], contender.get("peak_bytes"),
             statistics.median(contender["with_launches"]) if "with_launches" in contender else None,
             contender.get("launches"), contender["first_use"],
             max(errors, default=None),
@@ -62,9 +64,9 @@ def cells(name: str, f: Figures) -> list[str]:
         name,
         f"{duration(f.seconds)} ± {f.spread:.0%}",
         duration(f.with_launches) if f.with_launches else "",
-        f"{f.speedup:.2f} x" if f.speedup and name != "copy" else "",
+        f"{f.speedup:.2f} x" if f.speedup and name not in FLOORS else "",
         f"{f.rate / 1e9:.1f}",
-        f"{f.of_copy:.0%}" if f.of_copy else "",
+        f"{f.of_floor:.0%}" if f.of_floor else "",
         f"{f.extra / 2**20:.0f} MiB" if f.extra is not None else "",
         "" if f.launches is None else str(f.launches),
         duration(f.first_use) if f.first_use else "",

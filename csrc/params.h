@@ -26,10 +26,11 @@ struct Matrix {
 struct KDRowsParams {
     Matrix z;                           // [B, S, columns] student logits
     Matrix u;                           // [B, S, >= n] teacher logits; no data: no soft term
-    Matrix dz;                          // [B, S, columns] gradient; no data: losses alone; may be z
+    Matrix dz;                          // [B, S, columns] gradient, of any dtype; no data: losses alone; may be z
     const int64_t* labels = nullptr;    // [N]; null: no hard term
     const float* hard_scale = nullptr;  // [N]
     const float* soft_scale = nullptr;  // [N]
+    const float* z_scale = nullptr;     // [N]; null: no z-loss
     float* hard = nullptr;              // [N]
     float* soft = nullptr;              // [N]
     float* stats = nullptr;             // [N, 8], see Stats

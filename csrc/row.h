@@ -4,7 +4,8 @@
 //         stage 2  S = Σ term(a, b) and G = Σ g(a, b), with b = log softmax(z/T), a = log softmax(u/T)
 //         stage 3  dz = hard_scale·(softmax(z) − 1_y) + soft_scale/T·(g − p_s·G)
 //         With t = lse of the columns other than y, less z_y: hard = softplus(t), 1 − p_y = sigmoid(t), both with all
-//         their digits as p_y → 1. Label smoothing ε adds ε·(z_y − mean z) to hard and ε·(1_y − 1/n) to its gradient.
+//         their digits as p_y → 1. Label smoothing ε adds ε·(z_y − mean z) to hard and ε·(1_y − 1/n) to its gradient;
+//         a z-loss, 2·z_scale·lse(z)·softmax(z) to dz.
 #pragma once
 
 #include "divergence.h"

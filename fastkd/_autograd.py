@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fastkd import _op
-from fastkd._request import RowSpec
+from fastkd import _linear, _op
+from fastkd._request import LOG_HARD, PEAK_STUDENT, RowSpec
+from fastkd.sources import LinearLogits
 
 # Whether the running backward keeps its graph. Private to PyTorch; without it, assume that it does and copy.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -43,6 +44,18 @@ def _final(grad: Tensor, source: Tensor) -> Tensor:
     return grad
 
 
+def _scaled(grad: Tensor, grad_loss: Tensor, backend: str) -> Tensor:
+    """The gradient that forward saved, times what comes from above; in its own memory if nobody wants it again."""
+    if torch.compiler.is_compiling() or _is_batched(grad_loss):
+        return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
+    if _keeps_graph():  # a second backward will want it unscaled
+        grad = grad.clone()
+    # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
+    if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
+        _op.scale_(grad, grad_loss, backend)
+    return grad
+
+
 class _ScalarLoss(torch.autograd.Function):
     """Σ over the rows. The gradient is computed in forward."""
 
@@ -54,21 +67,22 @@ class _ScalarLoss(torch.autograd.Function):
         labels: Tensor | None,
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
+        z_scale: Tensor | None,
         spec: RowSpec,
         varying: Tensor | None,
         inplace: bool,
         backend: str,
         own_rows: bool,
     ) -> tuple[Tensor, ...]:
-        rows = (student, teacher, labels, hard_scale, soft_scale, *spec, varying)
+        rows = (student, teacher, labels, hard_scale, soft_scale, z_scale, *spec, varying)
         want_grad = ctx.needs_input_grad[0]
         inplace = inplace and want_grad
         if inplace:
-            hard, soft = _op.kd_rows_(*rows, backend)
+            hard, soft, stats = _op.kd_rows_(*rows, backend)
             ctx.mark_dirty(student)
             grad = student
         else:
-            hard, soft, _, grad = _op.kd_rows(*rows, want_grad, backend)
+            hard, soft, stats, grad = _op.kd_rows(*rows, want_grad, backend)
         if own_rows:
             hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         # soft is nobody's to change and, left differentiable, leads back to the logits without keeping them.
@@ -76,7 +90,7 @@ class _ScalarLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(hard)
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        loss = _weighted(hard, soft, hard_scale, soft_scale).sum()
+        loss = _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale).sum()
         return (loss, hard, soft, student) if inplace else (loss, hard, soft)
 
     @staticmethod
@@ -86,17 +100,9 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_student is not None:
             raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
         if grad_loss is None:
-            return (None,) * 10
+            return (None,) * 11
         grad, soft = ctx.saved_tensors
-        if torch.compiler.is_compiling() or _is_batched(grad_loss):
-            grad = (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
-        else:
-            if _keeps_graph():  # a second backward will want it unscaled
-                grad = grad.clone()
-            # The operator leaves a gradient times 1 alone; not calling it costs less, where looking does not wait.
-            if type(grad_loss) is not Tensor or not grad_loss.is_cpu or grad_loss.item() != 1:
-                _op.scale_(grad, grad_loss, ctx.backend)
-        return _final(grad, soft), *(None,) * 9
+        return _final(_scaled(grad, grad_loss, ctx.backend), soft), *(None,) * 10
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -110,43 +116,92 @@ class _LossPerRow(torch.autograd.Function):
         labels: Tensor | None,
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
+        z_scale: Tensor | None,
         spec: RowSpec,
         varying: Tensor | None,
         inplace: bool,
         backend: str,
         own_rows: bool,
     ) -> tuple[Tensor, ...]:
-        rows = (student, teacher, labels, hard_scale, soft_scale, *spec, varying)
+        rows = (student, teacher, labels, hard_scale, soft_scale, z_scale, *spec, varying)
         hard, soft, stats, _ = _op.kd_rows(*rows, False, backend)
         if own_rows:
             hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
-        # What torch.inference_mode() made cannot be saved, but can be kept.
-        given = (teacher, labels)
-        ctx.kept = [t if _is_inference(t) else None for t in given]
-        saved = (t if kept is None else None for t, kept in zip(given, ctx.kept, strict=True))
-        ctx.save_for_backward(student, *saved, hard_scale, soft_scale, stats, varying)
+        _save(ctx, student, teacher, labels, hard_scale, soft_scale, z_scale, stats, varying)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
-        return _weighted(hard, soft, hard_scale, soft_scale), hard, soft
+        return _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale), hard, soft
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
         if grad_loss is None:
-            return (None,) * 10
-        student, *saved, hard_scale, soft_scale, stats, varying = ctx.saved_tensors
-        teacher, labels = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
-        # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
-        hard_scale, soft_scale = (
-            s if s is None else torch.where(s == 0, 0.0, s * grad_loss) for s in (hard_scale, soft_scale)
-        )
-        rows = (student, teacher, labels, hard_scale, soft_scale, stats, *ctx.spec, varying, ctx.backend)
+            return (None,) * 11
+        student, teacher, labels, *scales, stats, varying = _saved(ctx)
+        rows = (student, teacher, labels, *_times(scales, grad_loss), stats, *ctx.spec, varying, ctx.backend)
         if ctx.inplace and not _is_batched(grad_loss):
             grad = student.detach()
             _op.kd_grad_(grad, *rows[1:])
         else:
             grad = _op.kd_grad(*rows)
-        return _final(grad, student), *(None,) * 9
+        return _final(grad, student), *(None,) * 10
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Where logits are not there yet: Σ over the rows, or ``late`` one loss a row and the gradient in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        teacher: Tensor | None,
+        teacher_weight: Tensor | None,
+        teacher_bias: Tensor | None,
+        labels: Tensor | None,
+        hard_scale: Tensor | None,
+        soft_scale: Tensor | None,
+        z_scale: Tensor | None,
+        varying: Tensor | None,
+        numbers: tuple[Any, ...],
+        late: bool,
+        backend: str,
+        own_rows: bool,
+    ) -> tuple[Tensor, ...]:
+        sources = (student, weight, bias, teacher, teacher_weight, teacher_bias)
+        tensors = (*sources, labels, hard_scale, soft_scale, z_scale)
+        wants = [want and not late for want in ctx.needs_input_grad[:3]]
+        hard, soft, stats, *grads = _op.linear_rows(*tensors, *numbers[:7], varying, *numbers[7:], wants, backend)
+        if own_rows:
+            hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
+        losses = _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale)
+        # soft leads a second derivative back to the inputs without keeping them, as in _ScalarLoss.
+        if late:
+            _save(ctx, *tensors, varying, soft)
+        else:
+            ctx.save_for_backward(*grads, soft)
+        ctx.mark_non_differentiable(hard)
+        ctx.set_materialize_grads(False)
+        ctx.numbers, ctx.late, ctx.backend = numbers, late, backend
+        return losses if late else losses.sum(), hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
+        if grad_loss is None:
+            return (None,) * 15
+        wants = ctx.needs_input_grad[:3]
+        if ctx.late:
+            *tensors, varying, soft = _saved(ctx)
+            tensors[7:] = _times(tensors[7:], grad_loss)
+            numbers = (*ctx.numbers[:7], varying, *ctx.numbers[7:])
+            grads = _op.linear_rows(*tensors, *numbers, list(wants), ctx.backend)[3:]
+        else:
+            *grads, soft = ctx.saved_tensors
+            wanted = zip(grads, wants, strict=True)
+            grads = [_scaled(grad, grad_loss, ctx.backend) if want else grad for grad, want in wanted]
+        final = (_final(grad, soft) if want else None for grad, want in zip(grads, wants, strict=True))
+        return *final, *(None,) * 12
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -173,6 +228,7 @@ def kd_rows(
     labels: Tensor | None,
     hard_scale: Tensor | None,
     soft_scale: Tensor | None,
+    z_scale: Tensor | None,
     spec: RowSpec,
     *,
     per_row: bool,
@@ -180,25 +236,69 @@ def kd_rows(
     backend: str,
     own_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft) with a gradient to ``student``: ``loss = hard_scale·hard + soft_scale·soft``, or its sum.
+    """(loss, hard, soft) with a gradient to ``student``, or the sum of the losses: of a row
+
+        loss = hard_scale·hard + soft_scale·soft + z_scale·lse(student)²
 
     ``own_rows``: a row may have one scale of 0 alone, where that term may be infinite and nevertheless is not there.
     """
     if not torch.is_grad_enabled():  # needs_input_grad tells of the tensor alone
         student = student.detach()
-    varying = None
-    if torch.compiler.is_compiling():
-        from fastkd import _traced
-
-        varying = _traced.varying(spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing)
-        if varying is not None:
-            spec = RowSpec(1.0, spec.formula, 1.0, 0.0, 0.0, 0.0, spec.vocab_size)
+    spec, varying = _varying(spec)
     late = per_row or student.dtype == torch.float16
     function = _LossPerRow if late else _ScalarLoss
     loss, hard, soft = _apply(
-        function, student, teacher, labels, hard_scale, soft_scale, spec, varying, inplace, backend, own_rows
+        function, student, teacher, labels, hard_scale, soft_scale, z_scale, spec, varying, inplace, backend, own_rows
     )[:3]
     return loss.sum() if late and not per_row else loss, hard, soft
+
+
+def linear_rows(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | None,
+    labels: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_scale: Tensor | None,
+    z_scale: Tensor | None,
+    spec: RowSpec,
+    *,
+    per_row: bool,
+    chunk_rows: int | None,
+    backend: str,
+    own_rows: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where one of the two is a ``LinearLogits``, with gradients to the tensors of the student's."""
+    *of_student, scale, softcap = _as_linear(student)
+    *of_teacher, teacher_scale, teacher_softcap = _as_linear(teacher)
+    if not torch.is_grad_enabled():
+        of_student = [t if t is None else t.detach() for t in of_student]
+    of_teacher = [t if t is None else t.detach() for t in of_teacher]
+    spec, varying = _varying(spec)
+    autocast = _linear.autocast_dtype(of_student[0])
+    late = per_row or _linear.logits_like(student, autocast).dtype == torch.float16
+    numbers = (*spec, scale, softcap, teacher_scale, teacher_softcap, autocast, chunk_rows)
+    loss, hard, soft = _apply(
+        _LinearLoss, *of_student, *of_teacher, labels, hard_scale, soft_scale, z_scale, varying, numbers, late, backend,
+        own_rows,
+    )  # fmt: skip
+    return loss.sum() if late and not per_row else loss, hard, soft
+
+
+def _as_linear(source: Tensor | LinearLogits | None) -> tuple[Any, ...]:
+    """(hidden states, matrix, bias, scale, softcap); of logits, themselves and nothing."""
+    return tuple(source) if isinstance(source, LinearLogits) else (source, None, None, 1.0, None)
+
+
+def _varying(spec: RowSpec) -> tuple[RowSpec, Tensor | None]:
+    """The numbers that the operators take, or in a compiled function a tensor of them, if they vary."""
+    if not torch.compiler.is_compiling():
+        return spec, None
+    from fastkd import _traced
+
+    varying = _traced.varying(spec.temperature, spec.c_t, spec.c_s, spec.w, spec.label_smoothing)
+    if varying is not None:
+        spec = RowSpec(1.0, spec.formula, 1.0, 0.0, 0.0, 0.0, spec.vocab_size)
+    return spec, varying
 
 
 class _HiddenLoss(_ScalarLoss):
@@ -222,17 +322,14 @@ class _HiddenLossPerRow(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, scale: Tensor, kind: int, backend: str) -> Tensor:
         losses: Tensor
         losses, _ = _op.hidden_rows(student, teacher, scale, kind, False, backend)
-        ctx.kept = [t if _is_inference(t) else None for t in (teacher, scale)]
-        ctx.save_for_backward(student, *(None if _is_inference(t) else t for t in (teacher, scale)))
+        _save(ctx, student, teacher, scale)
         ctx.kind, ctx.backend = kind, backend
         return losses * scale
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        student, *saved = ctx.saved_tensors
-        teacher, scale = (t if kept is None else kept for t, kept in zip(saved, ctx.kept, strict=True))
-        # A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN.
-        scale = torch.where(scale == 0, 0.0, scale * grads[0])
+        student, teacher, scale = _saved(ctx)
+        (scale,) = _times([scale], grads[0])
         _, grad = _op.hidden_rows(student, teacher, scale, ctx.kind, True, ctx.backend)
         return _final(grad, student), *(None,) * 4
 
@@ -279,6 +376,21 @@ def _is_batched(grad_loss: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(grad_loss) or functorch.is_batchedtensor(grad_loss)
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """For backward. What torch.inference_mode() made cannot be saved, but can be kept."""
+    ctx.kept = [t if _is_inference(t) else None for t in tensors]
+    ctx.save_for_backward(*(t if kept is None else None for t, kept in zip(tensors, ctx.kept, strict=True)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [t if kept is None else kept for t, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)]
+
+
+def _times(scales: list[Tensor | None], grad_loss: Tensor) -> list[Tensor | None]:
+    """A row that does not count has a scale of 0, whatever its grad_output: 0·inf is NaN."""
+    return [s if s is None else torch.where(s == 0, 0.0, s * grad_loss) for s in scales]
+
+
 def _is_inference(tensor: Tensor | None) -> bool:
     return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
 
@@ -288,9 +400,21 @@ def _counted(losses: Tensor, scale: Tensor | None) -> Tensor:
     return losses if scale is None else torch.where(scale != 0, losses, 0.0)
 
 
-def _weighted(hard: Tensor, soft: Tensor, hard_scale: Tensor | None, soft_scale: Tensor | None) -> Tensor:
-    if hard_scale is None:
-        assert soft_scale is not None
-        return soft * soft_scale
-    weighted = hard * hard_scale
-    return weighted if soft_scale is None else torch.addcmul(weighted, soft, soft_scale)
+def _weighted(
+    hard: Tensor,
+    soft: Tensor,
+    stats: Tensor,
+    hard_scale: Tensor | None,
+    soft_scale: Tensor | None,
+    z_scale: Tensor | None,
+) -> Tensor:
+    terms = [(hard, hard_scale), (soft, soft_scale)]
+    if z_scale is not None:  # lse(z)²; a row that was not read has no statistics
+        lse = stats[..., PEAK_STUDENT] + stats[..., LOG_HARD]
+        terms.append((torch.where(z_scale != 0, lse.square(), 0.0), z_scale))
+    weighted: Tensor | None = None
+    for losses, scale in terms:
+        if scale is not None:
+            weighted = losses * scale if weighted is None else torch.addcmul(weighted, losses, scale)
+    assert weighted is not None
+    return weighted

@@ -26,10 +26,10 @@ class Backend(Protocol):
     def kd_rows(
         self, rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None
     ) -> None:
-        """All stages; ``grad`` may be the student's logits."""
+        """All stages; ``grad`` may be the student's logits, and its dtype another than theirs (half of float32)."""
 
     def kd_grad(self, rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
-        """The last stage alone; ``grad`` may be the student's logits."""
+        """The last stage alone; ``grad`` as there."""
 
     def scale_(self, grad: Tensor, scalar: Tensor) -> None:
         """``grad *= scalar``, which is 0-d and is read on the device; nothing is written if it is 1."""

@@ -6,19 +6,21 @@ They are defined through ``torch.library.Library``: a call costs about a quarter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd import _dispatch, _labels
+from fastkd import _dispatch, _labels, _linear
 from fastkd._request import NUM_STATS, Rows, RowSpec
 from fastkd._views import flat, row_views
+from fastkd.sources import LinearLogits
 
 _lib = torch.library.Library("fastkd", "DEF")  # type: ignore[no-untyped-call]
 
-_ROWS = "Tensor? teacher, Tensor? labels, Tensor? hard_scale, Tensor? soft_scale"
+_VECTORS = "Tensor? labels, Tensor? hard_scale, Tensor? soft_scale, Tensor? z_scale"
+_ROWS = f"Tensor? teacher, {_VECTORS}"
 # A graph of torch.compile holds its floats: another value would be another graph. Where one varies, all of them come in
 # a tensor of the CPU's, `varying` (_traced.py); the schema's floats are then not read.
 _SPEC = (
@@ -40,7 +42,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., An
     return register
 
 
-def _row_spec(numbers: list[Any], varying: Tensor | None) -> RowSpec:
+def _row_spec(numbers: Sequence[Any], varying: Tensor | None) -> RowSpec:
     spec = RowSpec(*numbers)
     if varying is None:
         return spec
@@ -82,12 +84,12 @@ def kd_rows(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 @_define(
-    f"kd_rows_(Tensor(a!) student, {_ROWS}, {_SPEC}, str backend) -> (Tensor, Tensor)",
-    lambda student, *args: _losses(student)[:2],
+    f"kd_rows_(Tensor(a!) student, {_ROWS}, {_SPEC}, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda student, *args: _losses(student),
 )
-def kd_rows_(student: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """(hard, soft); the gradient is written over ``student``."""
-    return _run_rows(student, student, *args)[:2]
+def kd_rows_(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(hard, soft, stats); the gradient is written over ``student``."""
+    return _run_rows(student, student, *args)
 
 
 @_define(f"kd_grad(Tensor student, {_ROWS}, Tensor stats, {_SPEC}, str backend) -> Tensor", lambda s, *_: _gradient(s))
@@ -103,6 +105,44 @@ def kd_grad_(student: Tensor, *args: Any) -> None:
     """The same, written over ``student``."""
     _run_grad(student, student, *args)
     torch.autograd.graph.increment_version(student)  # a kernel's writes are not seen by autograd
+
+
+def _fake_linear_rows(student: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *_, autocast, _, wants, _ = args
+    logits = student if weight is None else _linear.logits_like(LinearLogits(student, weight), autocast)
+    grads = zip((student, weight, bias), wants, strict=True)
+    return *_losses(logits), *(student.new_empty(0) if t is None else _gradient(t, want) for t, want in grads)
+
+
+@_define(
+    "linear_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor? teacher, "
+    f"Tensor? teacher_weight, Tensor? teacher_bias, {_VECTORS}, {_SPEC}, float student_scale, float? student_softcap, "
+    "float teacher_scale, float? teacher_softcap, ScalarType? autocast, SymInt? chunk_rows, bool[3] wants, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_linear_rows,
+)
+def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(hard, soft, stats, and those gradients of the student's three tensors that ``wants`` asks for).
+
+    Each source is three tensors and two numbers, those of a ``LinearLogits``; or logits, and no matrix.
+    """
+    weight, bias, teacher, teacher_weight, teacher_bias, *vectors = args[:9]
+    *numbers, varying, scale, softcap, teacher_scale, teacher_softcap, autocast, chunk_rows, wants, backend = args[9:]
+    spec = _row_spec(numbers, varying)
+    source: Tensor | LinearLogits = student
+    if weight is not None:
+        source = LinearLogits(student, weight, bias, scale, softcap)
+    if teacher_weight is not None:
+        teacher = LinearLogits(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    logits = _linear.logits_like(source, autocast)
+    of_rows = _linear.Vectors(*(None if t is None else flat(t) for t in vectors))
+    _check_labels(logits, spec, *of_rows[:3])
+    losses = _losses(logits)
+    flat_losses = [t.view(losses[0].numel(), *t.shape[logits.dim() - 1 :]) for t in losses]
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        grads = _linear.linear_rows(source, teacher, of_rows, spec, flat_losses, autocast, chunk_rows, wants, backend)
+    given = zip(grads, (student, weight, bias), strict=True)
+    return *losses, *(student.new_empty(0) if grad is None else grad.view(t.shape) for grad, t in given)
 
 
 @_define("scale_(Tensor(a!) grad, Tensor scalar, str backend) -> ()", lambda *_: None)
@@ -167,24 +207,32 @@ def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    teacher, labels, hard_scale, soft_scale, *numbers, varying, backend = args
+    teacher, labels, hard_scale, soft_scale, z_scale, *numbers, varying, backend = args
     spec = _row_spec(numbers, varying)
-    if hard_scale is not None and (student.device.type == "cpu" or _labels.ALWAYS):
-        _labels.check_rows(labels, spec.vocab_size, hard_scale, soft_scale)
+    _check_labels(student, spec, labels, hard_scale, soft_scale)
     losses = _losses(student)
     hard, soft, stats = losses
-    rows, grad = _views(student, teacher, labels, hard_scale, soft_scale, grad)
-    chosen = _dispatch.choose(student, backend, teacher)
+    rows, grad = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
+    chosen = _dispatch.choose(student, backend, teacher, rows.operation)
     chosen.kd_rows(rows, spec, flat(hard), flat(soft), stats.view(-1, NUM_STATS), grad)
     return losses
 
 
+def _check_labels(
+    logits: Tensor, spec: RowSpec, labels: Tensor | None, hard_scale: Tensor | None, soft_scale: Tensor | None
+) -> None:
+    if hard_scale is not None and (logits.device.type == "cpu" or _labels.ALWAYS):
+        assert labels is not None
+        _labels.check_rows(labels, spec.vocab_size, hard_scale, soft_scale)
+
+
 def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
-    teacher, labels, hard_scale, soft_scale, stats, *numbers, varying, backend = args
+    teacher, labels, hard_scale, soft_scale, z_scale, stats, *numbers, varying, backend = args
     spec = _row_spec(numbers, varying)
-    rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, grad)
+    rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
     assert grad_view is not None
-    _dispatch.choose(student, backend, teacher).kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)
+    chosen = _dispatch.choose(student, backend, teacher, rows.operation)
+    chosen.kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)
 
 
 def _views(
@@ -193,9 +241,10 @@ def _views(
     labels: Tensor | None,
     hard_scale: Tensor | None,
     soft_scale: Tensor | None,
+    z_scale: Tensor | None,
     grad: Tensor | None,
 ) -> tuple[Rows, Tensor | None]:
     views = iter(row_views(*(t for t in (student, teacher, grad) if t is not None)))
-    vectors = (None if t is None else flat(t) for t in (labels, hard_scale, soft_scale))
+    vectors = (None if t is None else flat(t) for t in (labels, hard_scale, soft_scale, z_scale))
     rows = Rows(next(views), None if teacher is None else next(views), *vectors)
     return rows, next(views, None)

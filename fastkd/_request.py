@@ -52,6 +52,9 @@ class Rows(NamedTuple):
 
     A scale of None means that its term is absent: without ``hard_scale`` labels are not read, without ``soft_scale``
     the teacher is not. A row whose scales are all 0 is not read: losses 0, gradient 0.
+
+    ``z_scale`` is that of the z-loss lse(z)², z at temperature 1, and adds ``2·z_scale·lse(z)·softmax(z)`` to the
+    gradient. The value follows from PEAK_STUDENT and LOG_HARD, which are then given without labels too.
     """
 
     student: Tensor  # [B, S, V]
@@ -59,6 +62,12 @@ class Rows(NamedTuple):
     labels: Tensor | None  # [N] int64
     hard_scale: Tensor | None  # [N] fp32 (fp64 with fp64 logits)
     soft_scale: Tensor | None  # [N] likewise
+    z_scale: Tensor | None = None  # [N] likewise
+
+    @property
+    def operation(self) -> str:
+        """What a backend must have to take them: not all have the z-loss."""
+        return "kd_rows" if self.z_scale is None else "z_loss"
 
 
 # Columns of the statistics [N, 8] that the loss hands to the gradient: the peaks max z and max u (0 where all is −inf);

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.sources import LinearLogits
+
 STRIDED = torch.strided
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,14 +32,19 @@ _NOT_PER_ROW = {
 
 
 def check_logits(name: str, logits: Tensor, columns: str = "V") -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: got {type(logits).__name__}, must be a tensor")
-    if type(logits) is not Tensor or logits.layout is not STRIDED or logits.is_nested:
-        check_dense(name, logits)
-    if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: got {logits.dtype}, must be float32, bfloat16, float16 or float64")
+    _check_tensor(name, logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., {columns}) with {columns} >= 1")
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    """A dense tensor of real numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor")
+    if type(value) is not Tensor or value.layout is not STRIDED or value.is_nested:
+        check_dense(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {value.dtype}, must be float32, bfloat16, float16 or float64")
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -50,6 +57,37 @@ def check_dense(name: str, value: Tensor) -> None:
         raise TypeError(
             f"{name}: got a DTensor, must be a tensor: full_tensor(), or to_local() if rows alone are sharded"
         )
+
+
+def check_linear(name: str, source: LinearLogits, autocast: bool) -> None:
+    """Whose ``hidden`` is one."""
+    hidden, weight, bias, scale, softcap = source
+    width = hidden.shape[-1]
+    for of, given in ((f"{name}.weight", weight), (f"{name}.bias", weight if bias is None else bias)):
+        if isinstance(given, Tensor) and is_dtensor(given):
+            raise TypeError(f"{of}: got a DTensor, must be a tensor: full_tensor(), whose backward shards its gradient")
+        _check_tensor(of, given)
+        if given.dtype != hidden.dtype and not autocast:
+            raise TypeError(f"{of}: got {given.dtype}, must be hidden's {hidden.dtype}; autocast brings both to one")
+        if given.device != hidden.device:
+            raise ValueError(f"{of}: got device {given.device}, must be hidden's {hidden.device}")
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(
+            f"{name}.weight: got shape {tuple(weight.shape)}, must be (V, {width}); a sharded matrix is to be gathered "
+            "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters)"
+        )
+    if weight.shape[1] != width:
+        way = "; it is as nn.Linear has it, the transpose of this" if weight.shape[0] == width else ""
+        raise ValueError(
+            f"{name}.weight: got shape {tuple(weight.shape)}, must be (V, {width}), the width of hidden{way}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}.bias: got shape {tuple(bias.shape)}, must be ({len(weight)},), one a row of weight")
+    check_number(f"{name}.scale", scale)
+    if softcap is not None:
+        check_number(f"{name}.softcap", softcap)
+        if not softcap > 0:
+            raise ValueError(f"{name}.softcap: got {softcap}, must be > 0, or None for none")
 
 
 def is_dtensor(value: Tensor) -> bool:
@@ -120,6 +158,13 @@ def check_vocab_size(vocab_size: int | None) -> None:
         check_int("vocab_size", vocab_size)
         if vocab_size < 1:
             raise ValueError(f"vocab_size: got {vocab_size}, must be >= 1")
+
+
+def check_chunk_rows(chunk_rows: int | None) -> None:
+    if chunk_rows is not None:
+        check_int("chunk_rows", chunk_rows)
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows: got {chunk_rows}, must be >= 1, or None for as many as fit in a budget")
 
 
 def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_size: int | None) -> None:

@@ -1,20 +1,24 @@
-"""The public functions: arguments are checked, weights, masks and reductions folded into two scales a row."""
+"""The public functions: arguments are checked, weights, masks and reductions folded into scales of the rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from fastkd import _autograd, _dispatch, _keywords, _validate
+from fastkd import _autograd, _dispatch, _keywords, _linear, _validate
 from fastkd._request import RowSpec
 from fastkd.divergences import Divergence, resolve
+from fastkd.sources import LinearLogits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# What a distribution is given by.
+Logits: TypeAlias = Tensor | LinearLogits
 # A denominator of the mean, and what num_items may be: one, or with soft_mask one for each term.
 Items: TypeAlias = "int | float | Tensor"
 NumItems: TypeAlias = "Items | tuple[Items, Items] | None"
@@ -23,7 +27,8 @@ NumItems: TypeAlias = "Items | tuple[Items, Items] | None"
 class KDLossParts(NamedTuple):
     """The loss, and the two terms it is made of: detached means, unweighted and without T².
 
-    Each is over the rows that count for it, and of these the ones whose token weight is not 0.
+    Each is over the rows that count for it, and of these the ones whose token weight is not 0. A z-loss is in the loss
+    alone.
     """
 
     loss: Tensor
@@ -43,7 +48,9 @@ class Settings(TypedDict, total=False):
     ignore_index: int
     reduction: str
     vocab_size: int | None
+    z_loss_weight: float
     inplace_backward: bool
+    chunk_rows: int | None
     backend: str | None
 
 
@@ -58,8 +65,8 @@ class _Keywords(Settings, total=False):
 
 @overload
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
@@ -67,8 +74,8 @@ def kd_loss(
 ) -> Tensor: ...
 @overload
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[True],
@@ -76,8 +83,8 @@ def kd_loss(
 ) -> KDLossParts: ...
 @overload
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     labels: Tensor | None = None,
     *,
     return_parts: bool,
@@ -85,8 +92,8 @@ def kd_loss(
 ) -> Tensor | KDLossParts: ...
 @_keywords.named_arguments
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Logits,
+    teacher_logits: Logits,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -102,8 +109,10 @@ def kd_loss(
     reduction: str = "mean",
     num_items: NumItems = None,
     vocab_size: int | None = None,
+    z_loss_weight: float = 0.0,
     inplace_backward: bool = False,
     return_parts: bool = False,
+    chunk_rows: int | None = None,
     backend: str | None = None,
     **unknown: NoReturn,  # TorchScript stops here and shows this line: use torch.compile
 ) -> Tensor | KDLossParts:
@@ -117,8 +126,10 @@ def kd_loss(
     Args:
         student_logits: ``(..., V)`` float32, bfloat16, float16 or float64; arithmetic and loss are float32 (float64
             for float64), the gradient has the logits' dtype. ``-inf`` (a masked token) is legal, in the teacher too;
-            where it makes a reverse KL infinite, the row's soft gradient is 0.
-        teacher_logits: ``(..., V)``, same leading shape; its dtype may differ.
+            where it makes a reverse KL infinite, the row's soft gradient is 0. Or a :class:`fastkd.LinearLogits`, whose
+            logits are never all there: the loss, and the gradients of hidden states, matrix and bias, come from a
+            chunk of rows at a time.
+        teacher_logits: ``(..., V)``, same leading shape; its dtype may differ. Or a :class:`fastkd.LinearLogits`.
         labels: ``(...)`` int64 token ids, or None. A label outside ``[0, V)`` on a row that counts raises on a CPU and
             makes the row's loss NaN on a GPU, where a check would synchronise (see :func:`fastkd.check_labels`).
         temperature: T, of the soft term alone; above 0 and at most 1e19, beyond which T² overflows float32.
@@ -139,9 +150,14 @@ def kd_loss(
         num_items: number or tensor of one element; the denominator of ``"mean"`` instead, for gradient accumulation;
             the mean of 0 items is 0. With ``soft_mask`` a pair, of the hard and of the soft term.
         vocab_size: only the first ``vocab_size`` columns are tokens; the others are not read and get gradient 0.
+        z_loss_weight: adds this times ``(log Σ exp(student_logits))²`` to each row's loss, which keeps the normaliser
+            near 1 (Chowdhery et al., 2022, PaLM, section 5). Its rows and its denominator are the cross-entropy's; it
+            needs no labels.
         inplace_backward: write the gradient over ``student_logits``, which nothing else may then use.
         return_parts: return :class:`KDLossParts`; a term is then computed even if its weight is 0 (in a pass of its
-            own), and the hard part is 0 without labels.
+            own), and the hard part is 0 without labels. A z-loss is in the loss and in neither part.
+        chunk_rows: with a :class:`fastkd.LinearLogits`, how many rows' logits exist at once; None: as many as fit in
+            512 MB, on a CPU in 64 MB.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses by device (``python -m fastkd info``
             says why).
 
@@ -162,8 +178,8 @@ def kd_loss(
     if unknown:
         _keywords.check_keywords("kd_loss", kd_loss, unknown)
     member = resolve(divergence)
-    _validate.check_logits("student_logits", student_logits)
-    _validate.check_logits("teacher_logits", teacher_logits)
+    student, teacher = student_logits, teacher_logits
+    student_logits, teacher_logits = _checked("student_logits", student), _checked("teacher_logits", teacher)
     _validate.check_device("teacher_logits", teacher_logits, student_logits)
     _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
     _validate.check_temperature(temperature)
@@ -183,10 +199,20 @@ def kd_loss(
         _validate.check_num_items(num_items, reduction, student_logits, pair=soft_mask is not None)
     _validate.check_bool("inplace_backward", inplace_backward)
     _validate.check_bool("return_parts", return_parts)
-    if teacher_logits.requires_grad:
-        teacher_logits = teacher_logits.detach()
-    if inplace_backward:
-        _validate.check_inplace(student_logits, teacher_logits)
+    _validate.check_number("z_loss_weight", z_loss_weight)
+    _validate.check_chunk_rows(chunk_rows)
+    rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        if chunk_rows is not None:
+            raise ValueError(f"chunk_rows: got {chunk_rows} with tensors of logits, which are all there; must be None")
+        teacher = teacher.detach() if teacher.requires_grad else teacher
+        if inplace_backward:
+            _validate.check_inplace(student, teacher)
+        rows = partial(_autograd.kd_rows, inplace=inplace_backward)
+    else:
+        if inplace_backward:
+            raise ValueError("inplace_backward: got True with LinearLogits, whose logits are not there; must be False")
+        rows = partial(_autograd.linear_rows, chunk_rows=chunk_rows)
 
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
     hard_rows = soft_rows = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items)
@@ -199,26 +225,26 @@ def kd_loss(
         student_logits.shape[-1] if vocab_size is None else int(vocab_size),
     )  # fmt: skip
     has_hard = hard_weight is not None and hard_weight != 0
-    has_soft = soft_weight != 0 or not has_hard
+    has_z = z_loss_weight != 0
+    has_soft = soft_weight != 0 or not (has_hard or has_z)
     hard_alone = soft_alone = None
     if return_parts:  # a part that is not in the loss by itself, lest a NaN of it reach the gradient
-        alone = partial(
-            _autograd.kd_rows, student_logits.detach(), spec=spec, per_row=True, inplace=False, backend=name
-        )
-        if not has_hard and labels is not None:
-            hard_alone = alone(None, labels, hard_rows, None)[1]
-        if soft_weight == 0:
-            soft_alone = alone(teacher_logits, None, None, soft_rows)[2]
+        with torch.no_grad():
+            alone = partial(rows, student, z_scale=None, spec=spec, per_row=True, backend=name)
+            if not has_hard and labels is not None:
+                hard_alone = alone(None, labels, hard_rows, None)[1]
+            if soft_weight == 0:
+                soft_alone = alone(teacher, None, None, soft_rows)[2]
     t2 = temperature * temperature if scale_soft_by_t2 else 1.0
-    loss, hard, soft = _autograd.kd_rows(
-        student_logits,
-        teacher_logits if has_soft else None,
+    loss, hard, soft = rows(
+        student,
+        teacher if has_soft else None,
         labels if has_hard else None,
         hard_rows * hard_weight if has_hard else None,  # type: ignore[operator]
         soft_rows * (soft_weight * t2) if has_soft else None,
+        hard_rows * z_loss_weight if has_z else None,
         spec,
         per_row=reduction == "none",
-        inplace=inplace_backward,
         backend=name,
         own_rows=soft_mask is not None,
     )
@@ -262,6 +288,17 @@ def log_softmax(
     # Kernels that compute in float32 have no float64 to write.
     written = torch.float32 if dtype == torch.float64 and logits.dtype != torch.float64 else dtype
     return _autograd.log_softmax(logits, float(temperature), written, _dispatch.requested(backend)).to(dtype)
+
+
+def _checked(name: str, source: Logits) -> Tensor:
+    """The logits, or what has their shape and dtype, and no memory."""
+    if not isinstance(source, LinearLogits):
+        _validate.check_logits(name, source)
+        return source
+    _validate.check_logits(f"{name}.hidden", source.hidden, "H")
+    autocast = _linear.autocast_dtype(source.hidden)
+    _validate.check_linear(name, source, autocast is not None)
+    return _linear.logits_like(source, autocast)
 
 
 def _row_scale(

@@ -13,7 +13,7 @@ from typing_extensions import TypeVar
 from fastkd import _dispatch, _keywords, _validate
 from fastkd._request import Formula
 from fastkd.divergences import Divergence, resolve
-from fastkd.functional import KDLossParts, NumItems, Settings, kd_loss
+from fastkd.functional import KDLossParts, Logits, NumItems, Settings, kd_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,8 +59,10 @@ class KDLoss(nn.Module, Generic[Result]):
         ignore_index: int = -100,
         reduction: str = "mean",
         vocab_size: int | None = None,
+        z_loss_weight: float = 0.0,
         inplace_backward: bool = False,
         return_parts: bool = False,
+        chunk_rows: int | None = None,
         backend: str | None = None,
         **unknown: NoReturn,
     ) -> None:
@@ -76,8 +78,10 @@ class KDLoss(nn.Module, Generic[Result]):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.vocab_size = vocab_size
+        self.z_loss_weight = z_loss_weight
         self.inplace_backward = inplace_backward
         self.return_parts = return_parts
+        self.chunk_rows = chunk_rows
         self.backend = backend
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -97,8 +101,8 @@ class KDLoss(nn.Module, Generic[Result]):
     @_keywords.named_arguments
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
+        student_logits: Logits,
+        teacher_logits: Logits,
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,
@@ -141,14 +145,16 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "ignore_index": partial(_validate.check_int, "ignore_index"),
     "reduction": _validate.check_reduction,
     "vocab_size": _validate.check_vocab_size,
+    "z_loss_weight": partial(_validate.check_number, "z_loss_weight"),
     "inplace_backward": partial(_validate.check_bool, "inplace_backward"),
     "return_parts": partial(_validate.check_bool, "return_parts"),
+    "chunk_rows": _validate.check_chunk_rows,
     "backend": _dispatch.requested,
 }
 _HINTS = _keywords.ELSEWHERE | dict.fromkeys(
     ("mask", "soft_mask", "token_weights", "num_items"), "it comes at each call"
 )
-_FLOATS = ("temperature", "hard_weight", "soft_weight", "label_smoothing")
+_FLOATS = ("temperature", "hard_weight", "soft_weight", "label_smoothing", "z_loss_weight")
 
 # What torch.load(weights_only=True) needs for a module that holds this one; none of them does anything when made.
 add_safe_globals([KDLoss, Divergence, Formula])

@@ -449,7 +449,7 @@ def slice_gradient_kernel(
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     """Losses and statistics, and the gradient if ``grad`` is given, whose dtype is its own; without ``hard`` the
     gradient from statistics."""
-    z, u, y, hard_scale, soft_scale = rows
+    z, u, y, hard_scale, soft_scale, _ = rows
     outer, inner, columns = z.shape
     count = outer * inner
     if count == 0:

@@ -143,8 +143,12 @@ def kd_loss(
     reduction: str = "mean",
     num_items: float | Tensor | tuple[float | Tensor, float | Tensor] | None = None,
     vocab_size: int | None = None,
+    z_loss_weight: float = 0.0,
 ) -> Parts:
-    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)), each term over the rows that count for it, in float64."""
+    """α·CE(y, σ(z)) + β·T²·D(σ(u/T), σ(z/T)) + ζ·(log Σ exp z)², each over the rows that count for it, in float64.
+
+    The last one's are those of the first, or without labels, of the second.
+    """
     counts = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if labels is not None:
         counts = counts & (labels != ignore_index)
@@ -158,12 +162,15 @@ def kd_loss(
         hard = hard_loss(z[counts], labels[counts], label_smoothing)
     log_t, log_s = (torch.log_softmax(logits[soft_counts] / temperature, -1) for logits in (u, z))
     soft = divergence(log_t, log_s)
+    z_counts = soft_counts if labels is None else counts
+    z_losses = torch.logsumexp(z[z_counts], -1) ** 2
 
     t2 = temperature**2 if scale_soft_by_t2 else 1.0
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, num_items)
     loss = z.new_zeros(counts.shape)
     for weight, losses, rows, items in (
-        (hard_weight, hard, counts, hard_items), ((soft_weight or 0.0) * t2, soft, soft_counts, soft_items)
+        (hard_weight, hard, counts, hard_items), ((soft_weight or 0.0) * t2, soft, soft_counts, soft_items),
+        (z_loss_weight, z_losses, z_counts, hard_items),
     ):  # fmt: skip
         if not weight:  # a term of weight 0 is absent, even where it is infinite
             continue

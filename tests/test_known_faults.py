@@ -146,8 +146,9 @@ def test_offsets_past_2_31(backend: str, device: str) -> None:
     check_call(student, teacher, values.labels, backend=backend, divergence="jsd(0.5)", **BOTH)
     scales = torch.rand(2, 3, device=device)
     spec = (2.0, 0, 0.5, 0.5, 0.5, 0.0, 131, None)
-    expected = torch.ops.fastkd.kd_rows(values.student, values.teacher, values.labels, *scales, *spec, True, backend)[3]
-    torch.ops.fastkd.kd_rows_(student, teacher, values.labels, *scales, *spec, backend)
+    rest = (values.labels, *scales, None, *spec)
+    expected = torch.ops.fastkd.kd_rows(values.student, values.teacher, *rest, True, backend)[3]
+    torch.ops.fastkd.kd_rows_(student, teacher, *rest, backend)
     torch.testing.assert_close(student, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
@@ -206,7 +207,7 @@ def test_the_triton_backend_does_not_synchronise(device: str, name: str) -> None
     student, teacher, labels = inputs((2,), 50, device=device)
     scales = torch.rand(2, 2, device=device)
     spec = (2.0, *numbers(name), 0.1, 47, None)
-    rows = (teacher, labels % 47, *scales)
+    rows = (teacher, labels % 47, *scales, None)
     operators = torch.ops.fastkd
     with NoSync(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_labels, "check_rows", lambda *_: None)

@@ -24,10 +24,26 @@ NUMBERS = torch.tensor([1.0, 0.5, 0.5, 0.5, 0.1], dtype=torch.float64, device="c
 VARYING = (1.0, 0, 1.0, 0.0, 0.0, 0.0, COLUMNS - 2, NUMBERS)  # the JSD above
 
 
-def rows(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """student, teacher, labels, hard_scale, soft_scale"""
+def rows(device: str, dtype: torch.dtype = torch.float32, z_scale: bool = False) -> tuple[Tensor | None, ...]:
+    """student, teacher, labels, hard_scale, soft_scale, z_scale"""
     student, teacher, labels = inputs(ROWS, COLUMNS, dtype, device=device)
-    return student, teacher, labels % (COLUMNS - 2), torch.rand(ROWS, device=device), torch.rand(ROWS, device=device)
+    hard_scale, soft_scale = torch.rand(ROWS, device=device), torch.rand(ROWS, device=device)
+    return student, teacher, labels % (COLUMNS - 2), hard_scale, soft_scale, soft_scale if z_scale else None
+
+
+def head(device: str) -> tuple[Tensor, Tensor]:
+    """Hidden states and an output matrix."""
+    return torch.randn(*ROWS, 4, device=device), torch.randn(COLUMNS, 4, device=device)
+
+
+# scale and softcap of the student's logits and of the teacher's, autocast
+NUMBERS = (1.0, None, 0.5, 30.0, None)
+
+
+def linear(device: str, chunk_rows: int | None, wants: tuple[bool, ...]) -> tuple[Any, ...]:
+    bias = torch.randn(COLUMNS, device=device)
+    sources = (*head(device), bias, *head(device), None)
+    return *sources, *rows(device, z_scale=True)[2:], *VARYING, *NUMBERS, chunk_rows, list(wants)
 
 
 def stats(device: str) -> Tensor:
@@ -39,12 +55,21 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
     "kd_rows_jsd": ("kd_rows", lambda device: (*rows(device, torch.bfloat16), *JSD, True)),
     "kd_rows_varying": ("kd_rows", lambda device: (*rows(device, torch.bfloat16), *VARYING, True)),
     "kd_rows_loss": ("kd_rows", lambda device: (*rows(device), *SPEC, False)),
-    "kd_rows_soft": ("kd_rows", lambda device: (*rows(device)[:2], None, None, rows(device)[4], *SPEC, True)),
-    "kd_rows_hard": ("kd_rows", lambda device: (rows(device)[0], None, *rows(device)[2:4], None, *SPEC, True)),
+    "kd_rows_soft": ("kd_rows", lambda device: (*rows(device)[:2], None, None, *rows(device)[4:], *SPEC, True)),
+    "kd_rows_hard": ("kd_rows", lambda device: (rows(device)[0], None, *rows(device)[2:4], None, None, *SPEC, True)),
+    "kd_rows_z_loss": ("kd_rows", lambda device: (*rows(device, z_scale=True), *SPEC, True)),
     "kd_rows_": ("kd_rows_", lambda device: (*rows(device), *SPEC)),
     "kd_grad": ("kd_grad", lambda device: (*rows(device), stats(device), *SPEC)),
     "kd_grad_varying": ("kd_grad", lambda device: (*rows(device), stats(device), *VARYING)),
     "kd_grad_": ("kd_grad_", lambda device: (*rows(device), stats(device), *JSD)),
+    "linear_rows": ("linear_rows", lambda device: linear(device, 5, (True, True, True))),
+    "linear_rows_loss": ("linear_rows", lambda device: linear(device, None, (False, False, False))),
+    "linear_rows_of_logits": (
+        "linear_rows",
+        lambda device: (
+            rows(device)[0], None, None, *head(device), None, *rows(device)[2:], *JSD, *NUMBERS, 3, [True, False, False]
+        ),
+    ),
     "hidden_rows": ("hidden_rows", lambda device: (*rows(device)[:2], rows(device)[3], 0, True)),
     "hidden_rows_loss": ("hidden_rows", lambda device: (*rows(device, torch.bfloat16)[:2], rows(device)[3], 1, False)),
     "scale_": ("scale_", lambda device: (rows(device)[0], torch.tensor(2.0, device=device))),
@@ -85,6 +110,13 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+def of(hidden: Tensor, scale: float = 1.0) -> fastkd.LinearLogits:
+    """As many logits as hidden states."""
+    return fastkd.LinearLogits(
+        hidden, torch.eye(COLUMNS, device=hidden.device).to(hidden.dtype), scale=scale, softcap=20.0
+    )
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "mean": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, **keys, **BOTH),
     "sum": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, reduction="sum", **keys, **BOTH),
@@ -94,6 +126,9 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "items": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, num_items=(y >= 0).sum(), **keys, **BOTH),
     "parts": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, return_parts=True, **keys, **BOTH)[0],
     "soft_mask": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, soft_mask=y > 3, mask=y < 9, **keys, **BOTH),
+    "linear": lambda z, u, y, **keys: fastkd.kd_loss(of(z), of(u, 0.5), y, chunk_rows=4, **keys, **BOTH),
+    "linear_none": lambda z, u, y, **keys: fastkd.kd_loss(of(z), u, y, reduction="none", **keys, **BOTH).square().sum(),
+    "linear_teacher": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, z_loss_weight=0.1, **keys)(z, of(u), y),
     "module": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, **keys)(z, u, y),
     "log_softmax": lambda z, u, y, **keys: -(u * fastkd.log_softmax(z, temperature=2.0, **keys)).sum(),
     "hidden": lambda z, u, y, **keys: fastkd.hidden_loss(z, u, mask=y > 3, **keys),

@@ -1,5 +1,6 @@
 """The contenders. One module each, with a list of what it provides; a line below makes it known."""
 
-from fastkd.bench.providers import copy, eager, fastkd, fla, liger, quack
+from fastkd.bench.providers import copy, eager, fastkd, fla, liger, products, quack, trl
 
-PROVIDERS = (*copy.PROVIDERS, *eager.PROVIDERS, *fastkd.PROVIDERS, *liger.PROVIDERS, *quack.PROVIDERS, *fla.PROVIDERS)
+MODULES = (copy, products, eager, fastkd, liger, trl, quack, fla)
+PROVIDERS = tuple(provider for module in MODULES for provider in module.PROVIDERS)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, HIDDEN_STATES, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
 from fastkd.bench.provider import Loss, Provider
 
 
@@ -52,7 +52,22 @@ def compiled(case: Case) -> Loss | None:
     return lambda inputs: function(inputs)
 
 
+def linear_cross_entropy(case: Case) -> Loss | None:
+    """PyTorch's own, which chunks rows and vocabulary, where there is no soft term."""
+    if case.kind != HIDDEN_STATES or case.terms != "hard":
+        return None
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda inputs: (
+        HARD_WEIGHT * F.linear_cross_entropy(inputs.student, inputs.heads[0], inputs.labels, options=options)
+    )
+
+
+def lacks_linear_cross_entropy(device: str) -> str | None:
+    return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else "needs a newer PyTorch"
+
+
 PROVIDERS = (
     Provider("eager", lambda device: None, eager),
     Provider("torch.compile", lambda device: None, compiled),
+    Provider("linear_cross_entropy", lacks_linear_cross_entropy, linear_cross_entropy),
 )

@@ -26,9 +26,11 @@ def loss(backend: str, case: Case) -> Loss | None:
         return lambda inputs: fastkd.log_softmax(inputs.student, temperature=TEMPERATURE, backend=backend)
 
     def run(inputs: Inputs) -> Tensor:
-        student, teacher = inputs.logits()
+        student, teacher = Output.apply(inputs.student) if case.inplace else inputs.student, inputs.teacher
+        if inputs.heads:
+            student, teacher = map(fastkd.LinearLogits, (student, teacher), inputs.heads)
         value = fastkd.kd_loss(
-            Output.apply(student) if case.inplace else student,
+            student,
             teacher,
             inputs.labels,
             temperature=TEMPERATURE,

@@ -9,16 +9,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
-from fastkd.bench.provider import Loss, Provider, needs_gpu_and
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, HIDDEN_STATES, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.provider import Loss, Provider, needs, needs_gpu_and
+
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
 def liger(case: Case) -> Loss | None:
-    if case.kind in ("log_softmax", HIDDEN_LAYERS) or case.inplace:
+    if case.kind in ("log_softmax", HIDDEN_STATES, HIDDEN_LAYERS) or case.inplace:
         return None
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[case.divergence]
-    if case.kind == "hidden states + backward":
-        return from_hidden_states(case, beta)
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_jsd, liger_kl_div
 
     def run(inputs: Inputs) -> Tensor:
@@ -28,7 +27,7 @@ def liger(case: Case) -> Loss | None:
             if case.divergence == "forward_kl":
                 soft = liger_kl_div(log_s, log_t, reduction="batchmean", log_target=True)
             else:
-                soft = liger_jsd(log_s, log_t, beta=beta)
+                soft = liger_jsd(log_s, log_t, beta=BETAS[case.divergence])
             loss = loss + SOFT_WEIGHT * TEMPERATURE**2 * soft
         if case.terms != "soft":
             loss = loss + HARD_WEIGHT * liger_cross_entropy(inputs.student, inputs.labels)
@@ -37,13 +36,15 @@ def liger(case: Case) -> Loss | None:
     return run
 
 
-def from_hidden_states(case: Case, beta: float) -> Loss:
+def chunked(case: Case) -> Loss | None:
+    if case.kind != HIDDEN_STATES:
+        return None
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=HARD_WEIGHT if case.terms != "soft" else 0.0,
         weight_soft_loss=SOFT_WEIGHT * TEMPERATURE**2 if case.terms != "hard" else 0.0,
-        beta=beta,
+        beta=BETAS[case.divergence],
         temperature=TEMPERATURE,
     )
 
@@ -54,4 +55,7 @@ def from_hidden_states(case: Case, beta: float) -> Loss:
     return run
 
 
-PROVIDERS = (Provider("Liger", needs_gpu_and("liger-kernel"), liger, overwrites=True),)
+PROVIDERS = (
+    Provider("Liger", needs_gpu_and("liger-kernel"), liger, overwrites=True),
+    Provider("Liger chunked", needs("liger-kernel"), chunked),
+)

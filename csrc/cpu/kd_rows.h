@@ -24,7 +24,7 @@ inline namespace FASTKD_ISA {
 inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
 inline Hard hard_mode(const KDRowsParams& p) {
-    if (p.labels == nullptr) return Hard::kNone;
+    if (p.labels == nullptr && p.z_scale == nullptr) return Hard::kNone;
     if (p.u.data != nullptr)
         for (int power = 1; power <= 4; ++power)
             if (p.temperature == static_cast<float>(power)) return static_cast<Hard>(power);
@@ -91,7 +91,8 @@ class Row {
         const float* stats = p_.stats + row_ * kNumStats;
         z_peak_ = stats[kPeakStudent];
         u_peak_ = stats[kPeakTeacher];
-        total_h_ = std::exp(static_cast<double>(stats[kLogHard]));
+        log_h_ = stats[kLogHard];
+        total_h_ = std::exp(log_h_);
         total_s_ = std::exp(static_cast<double>(stats[kLogStudent]));
         total_t_ = total_s_ * std::exp(static_cast<double>(stats[kLogRatio]));
         set_ratio(stats[kLogRatio]);
@@ -197,8 +198,12 @@ class Row {
             p_.hard[row_] = term.loss;
             if (p_.smoothing > 0.0f)
                 p_.hard[row_] -= static_cast<float>(p_.smoothing * sum_z_ / static_cast<double>(n_));
-            stats[kLogHard] = static_cast<float>(std::log(total_h_));
             stats[kLabelRest] = rest_;
+        }
+        if (hard_mode_ != Hard::kNone) {
+            if (!p_.labels) total_h_ = h;
+            log_h_ = std::log(total_h_);
+            stats[kLogHard] = static_cast<float>(log_h_);
         }
         if (kSoft) {
             stats[kPeakTeacher] = shift_of(u_peak_);
@@ -299,6 +304,8 @@ class Row {
     template <bool kFromStats, GradSource kSource>
     void stage3() {
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f;
+        float z_scale = p_.z_scale ? p_.z_scale[row_] : 0.0f;
+        if (z_scale != 0.0f) z_scale *= static_cast<float>(2.0 * (shift_of(z_peak_) + log_h_));
         const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ : 0.0f;
         const float smooth = p_.smoothing / static_cast<float>(n_);
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
@@ -323,12 +330,10 @@ class Row {
                 }
                 around_label(t, [&](int first, int end, bool is_label) {
                     by.soft = soft;
-                    if (is_label) {
-                        by.hard = 0.0f;
-                        by.constant = hard_scale * (p_.smoothing - smooth - rest_);
-                    } else if (p_.labels) {
-                        by.hard = hard_scale * static_cast<float>(by_h_[i] / total_h_);
-                        by.constant = -hard_scale * smooth;
+                    if (hard_mode_ != Hard::kNone) {
+                        // The label's own p − 1 has its digits in rest.
+                        by.hard = (is_label ? z_scale : hard_scale + z_scale) * static_cast<float>(by_h_[i] / total_h_);
+                        by.constant = hard_scale * (is_label ? p_.smoothing - smooth - rest_ : -smooth);
                     }
                     gradient<kSource, hard.value>(functor_, t.z + first, t.u + first, end - first, by,
                                                   e_s_ + kept + first, e_t_ + kept + first, e_h_ + kept + first,
@@ -350,7 +355,7 @@ class Row {
     float *e_s_, *e_t_, *e_h_, *z_tile_, *u_tile_, *dz_tile_;
     float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *entropy_, *by_s_, *by_t_, *by_h_;
     float z_peak_ = 0.0f, u_peak_ = 0.0f;
-    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0, excess_ = 0.0;
+    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_h_ = 0.0, log_sums_ = 0.0, excess_ = 0.0;
     float z_y_ = 0.0f, rest_ = 0.0f;
     bool near_ = false;
     TileFactors base_;

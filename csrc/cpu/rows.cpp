@@ -15,9 +15,10 @@ int64_t kd_scratch(const KDRowsParams& p) { return Row<NoSoftTerm>::scratch_floa
 void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
     const bool hard = p.labels && p.hard_scale[row] != 0.0f;
     const bool soft = p.u.data && p.soft_scale[row] != 0.0f;
+    const bool z_loss = p.z_scale && p.z_scale[row] != 0.0f;
     const int64_t size = size_of(p.dz.dtype);
     char* dz = p.dz.data ? p.dz.row(row, p.inner_rows) : nullptr;
-    if (!hard && !soft) {  // not read: a masked row may hold anything
+    if (!hard && !soft && !z_loss) {  // not read: a masked row may hold anything
         if (!p.from_stats) p.hard[row] = p.soft[row] = 0.0f;
         if (dz) std::memset(dz, 0, p.columns * size);
         return;

@@ -7,13 +7,14 @@ eight multiplications and ``exp`` twice ``exp2``, while ``nan_to_num`` costs no 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from fastkd._request import Formula, HiddenKind, Mix, Rows, RowSpec
+from fastkd._request import LOG_HARD, PEAK_STUDENT, Formula, HiddenKind, Mix, Rows, RowSpec
 
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
@@ -25,6 +26,9 @@ NEAR = 0.05
 # 256 KB: every chunk would fault its temporaries in again, which trebles the time. Freeing 16 MB once raises that.
 torch.empty(2**24, dtype=torch.uint8, device="cpu")
 
+# Its row operation takes Rows.z_scale.
+z_loss = True
+
 
 def unavailable() -> str | None:
     return None
@@ -35,7 +39,7 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
-    """``stats`` are all 0: the gradient of this backend starts again from the logits."""
+    """``stats`` hold what a z-loss needs, and else 0: the gradient of this backend starts again from the logits."""
     stats.zero_()
     dead = _dead_rows(rows)
     for at, chunk, out in _chunks(rows, spec.vocab_size, grad):
@@ -46,8 +50,13 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
         dz = None
         if chunk.soft_scale is not None:
             soft[at], dz = _soft_term(spec, chunk, z, peak, exps, out is not None)
+        if chunk.hard_scale is not None or chunk.z_scale is not None:
+            exps = _untempered(exps, z, peak, temperature)
+        if chunk.z_scale is not None:
+            log_sum, dz = _z_loss(chunk.z_scale, peak, exps, dz, out is not None)
+            stats[at, PEAK_STUDENT], stats[at, LOG_HARD] = peak.squeeze(1), log_sum
         if chunk.hard_scale is not None:
-            hard[at], dz = _hard_term(spec, chunk, z, peak, _untempered(exps, z, peak, temperature), dz)
+            hard[at], dz = _hard_term(spec, chunk, z, peak, exps, dz)
         if out is not None and dz is not None:
             # A row that does not count may hold NaN, which a factor of 0 would not remove.
             out[:, : spec.vocab_size] = dz if dead is None else torch.where(dead[at].unsqueeze(1), 0.0, dz)
@@ -270,6 +279,18 @@ def _residual(g: Tensor, p_s: Tensor) -> Tensor:
     return g.addcmul_(p_s, g.sum(-1, keepdim=True), value=-1.0)
 
 
+def _z_loss(
+    scale: Tensor, peak: Tensor, exps: Tensor, dz: Tensor | None, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(log Σ exps [R], dz + 2·scale·lse(z)·softmax(z) [R, n]), with ``exps`` = exp(z − peak)."""
+    total = exps.sum(-1, keepdim=True)
+    log_sum = total.log()
+    if want_grad:
+        factor = 2.0 * scale.unsqueeze(1) * (peak + log_sum) / total
+        dz = exps * factor if dz is None else dz.addcmul_(exps, factor)
+    return log_sum.squeeze(1), dz
+
+
 def _hard_term(
     spec: RowSpec, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor, dz: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -324,8 +345,8 @@ def _no_nan(x: Tensor) -> Tensor:
 
 def _dead_rows(rows: Rows) -> Tensor | None:
     """Which rows have scales of 0 alone; None if it is known that there are none."""
-    scales = [scale for scale in (rows.hard_scale, rows.soft_scale) if scale is not None]
-    alive = scales[0] != 0 if len(scales) == 1 else (scales[0] != 0) | (scales[1] != 0)
+    scales = (rows.hard_scale, rows.soft_scale, rows.z_scale)
+    alive = functools.reduce(torch.logical_or, (scale != 0 for scale in scales if scale is not None))
     return None if alive.is_cpu and bool(alive.all()) else ~alive
 
 

@@ -79,7 +79,7 @@ def test_writes_its_own_columns_only(backend: str, device: str, layout: str, ope
     """
     columns = 2050
     student, teacher, labels = inputs((2, 2), columns, torch.bfloat16, device=device)
-    given = (teacher, labels, torch.rand(2, 2, device=device), torch.rand(2, 2, device=device))
+    given = (teacher, labels, torch.rand(2, 2, device=device), torch.rand(2, 2, device=device), None)
     spec = (2.0, 0, 1.0, 0.0, 0.0, 0.0, columns, None)
     operators = torch.ops.fastkd
     _, _, stats, expected = operators.kd_rows(student, *given, *spec, True, backend)

@@ -91,7 +91,7 @@ void launch(Kernel kernel, int clusters, int size, int threads, size_t dynamic, 
 
 namespace fastkd {
 
-constexpr bool kHasClusters = true;
+constexpr bool kHasClusters = true, kPairsRegisters = false;
 
 inline int thread_rank() { return simt::self.rank; }
 inline int block_threads() { return simt::self.threads; }
@@ -115,8 +115,6 @@ template <class T>
 T shuffle_xor(T x, int mask) {
     return shuffle(x, simt::self.rank % simt::kWarpSize ^ mask);
 }
-
-inline void warp_barrier() { shuffle(0.0f, 0); }
 
 inline void block_barrier() { simt::self.cluster->blocks[simt::self.block]->barrier.arrive_and_wait(); }
 

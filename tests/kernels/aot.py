@@ -70,7 +70,7 @@ def cases(target: str) -> Iterator[Case]:
         for name, kernel, matrices in SMALL:
             constants = tiles | ({"MAX": config.MAX_SLICES} if "MAX" in kernel.arg_names else {})
             yield f"{name}-{suffix}", kernel, argument_types(kernel, dtype, peel, matrices), constants
-        for width, kind in itertools.product((768, WIDEST) if thorough and not peel else (), HiddenKind):
+        for width, kind in itertools.product(() if peel else (768, WIDEST)[: 1 + thorough], HiddenKind):
             types = argument_types(hidden_rows_kernel, dtype, False, ("s", "t", "ds"))
             constants = {"KIND": int(kind), "WIDTH": width}
             yield f"hidden-{kind.name.lower()}-{dtype}-{width}", hidden_rows_kernel, types, constants

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from fastkd.bench import plots, run, summary
+from fastkd.bench import run, summary
 from fastkd.bench.cases import select
 
 
@@ -31,47 +29,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    console = Console(highlight=False)
     if options.compare:
-        compare(console, *(json.loads(path.read_text()) for path in options.compare))
+        compare(*(json.loads(path.read_text()) for path in options.compare))
         return 0
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cases = [case for case in select(device, options.full) if options.only in case.name]
     if not cases:
-        console.print(f"no case contains {options.only!r}")
+        print(f"no case contains {options.only!r}")
         return 2
     out = options.out or Path("fastkd-bench", f"{device}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with console.status("") as status:
-        for results in run.run(cases, device, options.seconds, status.update):
+    results: dict[str, Any] = {"cases": []}
+    try:
+        for results in run.run(cases, device, options.seconds, progress):
+            if len(results["cases"]) == 1:
+                print(f"fastkd bench on {summary.machine_line(results['machine'])}")
+            show(results["cases"])
             out.write_text(json.dumps(results, indent=1) + "\n")  # a run that is cut short leaves what it has
-    show(console, results)
-    console.print(f"\nSamples: {out}", soft_wrap=True)
-    for path in plots.draw(results, out.with_suffix("")):
-        console.print(f"Plot: {path}", soft_wrap=True)
-    return 0
+        interrupted = False
+    except KeyboardInterrupt:
+        print(f"\ninterrupted after {len(results['cases'])} of {len(cases)} cases")
+        interrupted = True
+    if results["cases"]:
+        print(f"\n{' '.join(summary.LEGEND.split())}\n\nSamples: {out}")
+        draw(results, out.with_suffix(""))
+    return int(interrupted)
 
 
-def show(console: Console, results: dict[str, Any]) -> None:
-    console.print(f"[bold]fastkd bench[/bold] on {summary.machine_line(results['machine'])}")
-    said = ""
-    for case in results["cases"]:
-        (headers, *lines), absent = summary.table(case)
-        table = Table(title=case["name"], title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for index, header in enumerate(headers):
-            table.add_column(header, justify="left" if index == 0 else "right", no_wrap=True)
-        for line in lines:
-            table.add_row(*line, style="bold" if line[0].startswith("fastkd") else None)
-        console.print(table)
-        if absent != said:  # mostly the same for all cases
-            console.print(f"[dim]not run: {absent}[/dim]\n")
-            said = absent
-    console.print(" ".join(summary.LEGEND.split()))
+def progress(text: str) -> None:
+    """What is under way, on a terminal's last line."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
 
 
-def compare(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    table = Table("case", "contender", "speed", "", box=box.SIMPLE_HEAD)
+def show(cases: list[dict[str, Any]]) -> None:
+    """The last of the cases."""
+    progress("")
+    lines, absent = summary.table(cases[-1])
+    print(f"\n{cases[-1]['name']}\n{columns(lines)}")
+    if len(cases) == 1 or absent != summary.table(cases[-2])[1]:  # mostly the same for all cases
+        print(f"not run: {absent}")
+    sys.stdout.flush()
+
+
+def columns(lines: list[list[str]]) -> str:
+    """Aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join("  ".join(line) for line in cells)
+
+
+def draw(results: dict[str, Any], base: Path) -> None:
+    try:
+        from fastkd.bench import plots
+    except ImportError as error:
+        print(f"No plots: {error}")
+        return
+    for path in plots.draw(results, base):
+        print(f"Plot: {path}")
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> None:
+    print(f"A: {summary.machine_line(before['machine'])}\nB: {summary.machine_line(after['machine'])}\n")
+    lines = [["case", "contender", "speed", ""]]
     for case, name, ratio, beyond_noise in summary.changes(before, after):
-        table.add_row(case, name, f"{ratio:.2f} x", ("faster" if ratio > 1 else "slower") if beyond_noise else "noise")
-    console.print(f"A: {summary.machine_line(before['machine'])}\nB: {summary.machine_line(after['machine'])}")
-    console.print(table)
+        lines.append([case, name, f"{ratio:.2f} x", ("faster" if ratio > 1 else "slower") if beyond_noise else "noise"])
+    print(columns(lines))

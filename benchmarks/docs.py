@@ -1,7 +1,8 @@
 """Write the recorded figures into the documentation: ``python -m fastkd.bench.docs``.
 
 Between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`` stands what :func:`blocks` gives for NAME, out of the
-JSON files in ``benchmarks/results/``. Nothing there is typed by hand, and a test compares.
+JSON files in ``benchmarks/results/``: measured times, and instructions counted for the cost model. Nothing there is
+typed by hand, and a test compares.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, summary
+from fastkd.bench import accuracy, cost, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,6 +32,7 @@ def blocks() -> dict[str, str]:
     digits = json.loads((RESULTS / "accuracy.json").read_text())
     for name, lines in zip(("accuracy", "rounding"), accuracy.tables(digits), strict=True):
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
+    texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
     return texts
 
 

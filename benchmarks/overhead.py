@@ -37,8 +37,8 @@ def main() -> None:
         return lambda: [route(*arguments) for _ in range(CALLS)]
 
     samples = interleaved({name: repeat(route) for name, route in routes.items()}, "cpu", seconds=5.0)
-    for name, seconds in samples.items():
-        print(f"{name:<25}{statistics.median(seconds) / CALLS * 1e6:.2f} µs a call")
+    for name, sample in samples.items():
+        print(f"{name:<25}{statistics.median(sample['seconds']) / CALLS * 1e6:.2f} µs a call")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from fastkd._version import __version__
 from fastkd.bench import check, timing
 from fastkd.bench.cases import Case
 from fastkd.bench.provider import Provider
 from fastkd.bench.providers import PROVIDERS
 
-PACKAGES = ("fastkd", "torch", "triton", "liger-kernel", "quack-kernels", "fla-core")
+PACKAGES = ("torch", "triton", "liger-kernel", "quack-kernels", "fla-core")
 Step = Callable[[str], None]
 
 
@@ -62,7 +63,7 @@ def run_case(case: Case, device: str, seconds: float, step: Step) -> dict[str, A
     check.reference.cache_clear()  # its memory is for the contenders now
     step(f"{case.name}: timing")
     for name, samples in timing.interleaved(calls, device, seconds).items():
-        contenders[name] |= {"seconds": samples}
+        contenders[name] |= samples
     for name, call in calls.items():
         step(f"{case.name}: memory of {name}")
         contenders[name] |= {"peak_bytes": timing.peak_bytes(call, device), "launches": timing.launches(call, device)}
@@ -91,16 +92,12 @@ def prepare(provider: Provider, case: Case, device: str) -> tuple[dict[str, Any]
 
 
 def machine(device: str) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {"fastkd": __version__}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    folder = Path(__file__).resolve().parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=folder, capture_output=True, text=True
-    )
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "kind": device,
@@ -108,9 +105,19 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device == "cuda" else None,
         "versions": versions,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def commit() -> str | None:
+    """Of the sources; None without git, or in an installed package."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() or None
 
 
 def cpu_name() -> str:

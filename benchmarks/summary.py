@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
-HEADERS = ("contender", "time", "eager", "GB/s", "floor", "memory", "launches", "first use", "error")
+HEADERS = ("contender", "time", "with launches", "eager", "GB/s", "floor", "memory", "launches", "first use", "error")
 FLOORS = ("copy", "products")
 LEGEND = """\
-time: median of a call and half the width of the middle half of the samples, contenders in turns. eager: that many times
+time: median of a call and half the width of the middle half of the samples, contenders in turns; on a GPU its kernels'
+alone, all queued before the first begins. with launches: what the host waits for the call. eager: that many times
 its speed. GB/s: of the bytes that must be moved. floor: share of the speed of copying as many bytes, or from hidden
 states, of the products of matrices alone. memory: peak beyond the inputs. launches: kernels a call. error: against
 float64, relative, the larger of value's and gradient's."""
@@ -24,6 +25,7 @@ class Figures(NamedTuple):
     rate: float | None = None  # bytes a second, counting what must be moved
     of_floor: float | None = None  # the time of the copy, or of the products, over this
     extra: float | None = None  # peak memory beyond the inputs, over the bytes of the inputs
+    with_launches: float | None = None  # median
     launches: int | None = None
     first_use: float | None = None
     error: float | None = None  # the larger of value's and gradient's
@@ -42,8 +44,10 @@ def figures(case: dict[str, Any]) -> dict[str, Figures]:
         errors = [error for error in contender.get("error", {}).values() if error is not None]
         found[name] = Figures(
             contender["status"], seconds, (high - low) / 2 / seconds, ratio["eager"], case["bytes"] / seconds,
-            ratio["copy"] or ratio["products"], contender.get("peak_bytes"), contender.get("launches"),
-            contender["first_use"], max(errors, default=None),
+            ratio["copy"] or ratio["products"], contender.get("peak_bytes"),
+            statistics.median(contender["with_launches"]) if "with_launches" in contender else None,
+            contender.get("launches"), contender["first_use"],
+            max(errors, default=None),
         )  # fmt: skip
     return found
 
@@ -59,6 +63,7 @@ def cells(name: str, f: Figures) -> list[str]:
     return [
         name,
         f"{duration(f.seconds)} ± {f.spread:.0%}",
+        duration(f.with_launches) if f.with_launches else "",
         f"{f.speedup:.2f} x" if f.speedup and name not in FLOORS else "",
         f"{f.rate / 1e9:.1f}",
         f"{f.of_floor:.0%}" if f.of_floor else "",

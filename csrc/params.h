@@ -39,6 +39,12 @@ struct KDRowsParams {
     float temperature = 1.0f, c_t = 1.0f, c_s = 0.0f, w = 0.0f, smoothing = 0.0f;
     int formula = 0;
     bool from_stats = false;            // the gradient alone, from stats
+
+    // The dtype of z, u and dz, or float32, which holds them all, if they differ.
+    DType common_dtype() const {
+        const auto differs = [&](const Matrix& matrix) { return matrix.data && matrix.dtype != z.dtype; };
+        return differs(u) || differs(dz) ? DType::kFloat32 : z.dtype;
+    }
 };
 
 // Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak and (z − peak)/T;

@@ -10,7 +10,7 @@ from importlib import util
 
 import torch
 
-from fastkd import _built, _dispatch, _extras
+from fastkd import _built, _dispatch
 from fastkd._version import __version__
 
 
@@ -52,19 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     demo_package.add_arguments(demo)
     bench = commands.add_parser("bench", help="time the loss beside eager PyTorch, torch.compile and other libraries")
-    missing = _extras.missing("matplotlib", "rich")
-    if missing is None:
-        from fastkd.bench import command
+    from fastkd.bench import command
 
-        command.add_arguments(bench)
+    command.add_arguments(bench)
     options = parser.parse_args(arguments)
     if options.command == "info":
         return info()
     if options.command == "demo":
         return demo_package.run(options)
-    if missing is not None:
-        print(f"python -m fastkd bench {missing}", file=sys.stderr)
-        return 2
     return int(command.main(options))
 
 

@@ -240,7 +240,11 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_num_items(
-    num_items: int | float | Tensor | tuple[Any, Any], reduction: str, student_logits: Tensor, pair: bool
+    num_items: int | float | Tensor | tuple[Any, Any],
+    reduction: str,
+    student_logits: Tensor,
+    pair: bool,
+    of: str = "student_logits",
 ) -> None:
     """A denominator, or with ``pair`` one for each term."""
     if reduction != "mean":
@@ -261,7 +265,7 @@ def check_num_items(
             raise ValueError(f"num_items: got shape {tuple(items.shape)}, must be a number or have one element")
         check_no_gradient("num_items", items)
         if items.device.type != "cpu":
-            check_device("num_items", items, student_logits)
+            check_device("num_items", items, student_logits, of)
 
 
 def check_inplace(student_logits: Tensor, teacher_logits: Tensor) -> None:

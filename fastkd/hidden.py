@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,14 @@ def hidden_loss(
         mask: ``(...)`` bool; rows where it is False (padding) do not count, and are never read.
         token_weights: ``(...)`` float; multiplies each row's loss, not the denominator of the mean.
         reduction: ``"mean"`` over the rows that count (0 if there are none), ``"sum"``, or ``"none"``: ``(...)``.
-        num_items: number or tensor of one element; the denominator of ``"mean"`` instead, for gradient accumulation.
+        num_items: number or tensor of one element; the denominator of ``"mean"`` instead, for gradient accumulation;
+            the mean of 0 items is 0.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"`` (``"cuda"`` has no such kernel); None chooses by device.
 
     Raises:
         ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
-        RuntimeError: the backend asked for by name cannot run here, or a second derivative was asked for.
+        RuntimeError: the backend asked for by name cannot run here; a second derivative was asked for; or a transform
+            of ``torch.func`` is at work.
 
     Example:
         >>> import torch, fastkd
@@ -68,7 +70,7 @@ def hidden_loss(
     _validate.check_no_gradient("token_weights", token_weights)
     _validate.check_reduction(reduction)
     if num_items is not None:
-        _validate.check_num_items(num_items, reduction, student_hidden, pair=False)
+        _validate.check_num_items(num_items, reduction, student_hidden, pair=False, of=of)
     scale = functional._row_scale(student_hidden, None, 0, mask, token_weights, reduction, num_items)
     return _autograd.hidden_rows(
         student_hidden,
@@ -158,6 +160,28 @@ class HiddenLoss(nn.Module):
             nn.Linear(student_size, teacher_size) for _ in self.pairs if student_size != teacher_size
         )
 
+    @overload
+    def forward(
+        self,
+        student_hidden_states: Sequence[Tensor],
+        teacher_hidden_states: Sequence[Tensor],
+        *,
+        mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+        return_parts: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        student_hidden_states: Sequence[Tensor],
+        teacher_hidden_states: Sequence[Tensor],
+        *,
+        mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+        return_parts: Literal[True],
+    ) -> HiddenLossParts: ...
     def forward(
         self,
         student_hidden_states: Sequence[Tensor],
@@ -172,6 +196,9 @@ class HiddenLoss(nn.Module):
         for index, (i, j) in enumerate(self.pairs):
             student = _layer("student_hidden_states", student_hidden_states, i, "student_size", self.student_size)
             teacher = _layer("teacher_hidden_states", teacher_hidden_states, j, "teacher_size", self.teacher_size)
+            _validate.check_per_row(
+                "token_weights", token_weights, student, _validate.FLOAT_DTYPES, "student_hidden_states"
+            )
             # Into the rows' weights, so that the gradient is written as it is to be, once.
             weight = student.new_full(student.shape[:-1], self.weights[index], dtype=torch.float32)
             losses.append(
@@ -189,6 +216,9 @@ class HiddenLoss(nn.Module):
         if not return_parts:
             return stacked.sum()
         return HiddenLossParts(stacked.sum(), stacked.detach() / stacked.new_tensor(self.weights))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"pairs={self.pairs}, kind={self.kind!r}, weights={self.weights}"

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastkd._request import HiddenKind
-from fastkd.kernels.config import device_of, hidden_options, row_strides
+from fastkd.kernels.config import device_of, gpu_of, hidden_options, row_strides
 from fastkd.kernels.lse import row_start
 
 COSINE = tl.constexpr(int(HiddenKind.COSINE))
@@ -67,5 +67,5 @@ def hidden_rows(student, teacher, scale, kind: int, losses, grad) -> None:
     with device_of(student):
         hidden_rows_kernel[(outer * inner,)](
             student, teacher, scale, losses, grad, inner, *row_strides(student), *row_strides(teacher),
-            *row_strides(grad), columns, KIND=kind, **hidden_options(columns),
+            *row_strides(grad), columns, KIND=kind, **hidden_options(gpu_of(student), columns),
         )  # fmt: skip

@@ -1,8 +1,9 @@
 """Online log-sum-exp: the running (max, sum) of a row, tile by tile, and the tiles themselves.
 
 Math    a state is (peak, Σ exp((x − peak)·k)); a larger peak rescales the sum by exp((old − new)·k).
-Lanes   A tile of BLOCK columns is [BLOCK/VEC, VEC]: a lane holds VEC columns side by side, which is 16 bytes, and keeps
-        a state of its own to the end of the row. So a tile needs no barrier to be summed, and its loads do not wait.
+Lanes   A tile of BLOCK columns is [PER, lanes, VEC]: a lane holds PER vectors of VEC columns side by side, which are 16
+        bytes, and keeps a state of its own to the end of the row. So a tile needs no barrier to be summed, no warp
+        waits for another, and the loads of one hide behind the arithmetic of the rest.
 Tiles   A row whose start is not 16-byte aligned is walked from the aligned address before it (``head`` columns early),
         so that all tiles but the first and the last load and store 16 bytes unmasked.
 """
@@ -10,8 +11,15 @@ Tiles   A row whose start is not 16-byte aligned is walked from the aligned addr
 import triton
 import triton.language as tl
 
+from fastkd.kernels import config
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NO_TILE = tl.constexpr(1 << 30)
+PER = tl.constexpr(config.VECTORS_PER_THREAD)
+# Eviction: what the row's next walk reads again stays in L2; what is read or written for the last time goes first.
+KEEP = tl.constexpr("evict_last")
+DROP = tl.constexpr("evict_first")
 
 
 @triton.jit
@@ -32,39 +40,78 @@ def align(start, VEC: tl.constexpr, PEEL: tl.constexpr):
 
 
 @triton.jit
-def tile_range(length, BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr):
-    """(first, end) of the unmasked tiles of a walk over ``length`` columns, head included, or of the masked ones.
-
-    Masked are the last tile, as number 0, and with a head the first, as number 1; see :func:`tile_at`.
-    """
-    last = length // BLOCK
-    if MASKED:
-        if PEEL:
-            return 0, 1 + (last > 0).to(tl.int32)
-        else:
-            return 0, 1
-    else:
-        if PEEL:
-            return 1, last
-        else:
-            return 0, last
+def slice_at(part, width, head, length, label):
+    """(start, head, length, label) of a slice, the last three from its start."""
+    start = part * width
+    length = tl.maximum(tl.minimum(length - start, width), 0)
+    label = tl.where((label >= start) & (label < start + length), label - start, -1)
+    return start, tl.where(part == 0, head, 0), length, label
 
 
 @triton.jit
-def tile_at(i, first, end, length, BLOCK: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr):
+def tile_apart(column, length, BLOCK: tl.constexpr, PEEL: tl.constexpr):
+    """The number of the unmasked tile that holds ``column``, to be visited as a masked one, or NO_TILE."""
+    tile = column // BLOCK
+    return tl.where((column >= 0) & (tile >= PEEL) & (tile < length // BLOCK), tile, NO_TILE)
+
+
+@triton.jit
+def tile_range(length, apart, BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr):
+    """(first, end) of the unmasked tiles of a walk over ``length`` columns, head included, or of the masked ones.
+
+    Masked are the last tile, with a head the first, and the one ``apart``; see :func:`tile_at`.
+    """
+    last = length // BLOCK
+    has_apart = tl.where(apart < NO_TILE, 1, 0)
+    if MASKED:
+        if PEEL:
+            return 0, 1 + (last > 0).to(tl.int32) + has_apart
+        else:
+            return 0, 1 + has_apart
+    else:
+        if PEEL:
+            return 1, last - has_apart
+        else:
+            return 0, last - has_apart
+
+
+@triton.jit
+def tile_at(
+    i, first, end, length, apart,
+    BLOCK: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
     """Where the tile begins that step ``i`` of a range visits, in columns from the start of the walk."""
     if MASKED:
-        return (length // BLOCK) * (1 - i) * BLOCK
-    elif REVERSE:
-        return (first + end - 1 - i) * BLOCK
+        if PEEL:
+            tile = tl.where(i == 0, length // BLOCK, tl.where(i == 1, 0, apart))
+        else:
+            tile = tl.where(i == 0, length // BLOCK, apart)
     else:
-        return i * BLOCK
+        if REVERSE:
+            tile = first + end - 1 - i
+        else:
+            tile = i
+        tile += (tile >= apart).to(tl.int32)
+    return tile * BLOCK
 
 
 @triton.jit
 def columns_of(BLOCK: tl.constexpr, VEC: tl.constexpr):
-    """The columns of a tile, from its start. [BLOCK/VEC, VEC]."""
-    return tl.arange(0, BLOCK // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    """The columns of a tile, from its start. [PER, lanes, VEC]."""
+    LANES: tl.constexpr = BLOCK // VEC // PER
+    vector = tl.arange(0, PER)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    return vector * VEC + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def of_lanes(x, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """A state of each lane that is ``x``."""
+    return tl.full([BLOCK // VEC // PER], x, tl.float32)
+
+
+@triton.jit
+def lane_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -75,23 +122,34 @@ def inside(tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    ptr, tile, head, length,
+    BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
     """In float32, −inf outside the row."""
-    ptrs = ptr + tile + columns_of(BLOCK, VEC)
     if MASKED:
-        x = tl.load(ptrs, mask=inside(tile, head, length, BLOCK, VEC), other=-float("inf"))
+        mask = inside(tile, head, length, BLOCK, VEC)
+        ptrs = ptr + tile + columns_of(BLOCK, VEC)
+        return tl.load(ptrs, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
+    elif ptr.dtype.element_ty == tl.bfloat16:
+        # By pairs: the halves of a word are an instruction each, where two numbers take three.
+        pairs = (ptr + tile).to(tl.pointer_type(tl.uint32)) + columns_of(BLOCK // 2, VEC // 2)
+        pair = tl.load(pairs, eviction_policy=EVICT)
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(low, high), [PER, BLOCK // VEC // PER, VEC])
     else:
-        x = tl.load(ptrs)
-    return x.to(tl.float32)
+        return tl.load(ptr + tile + columns_of(BLOCK, VEC), eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
 def store_tile(ptr, tile, head, length, x, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
     ptrs = ptr + tile + columns_of(BLOCK, VEC)
+    x = x.to(ptr.dtype.element_ty)
     if MASKED:
-        tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=inside(tile, head, length, BLOCK, VEC))
+        tl.store(ptrs, x, mask=inside(tile, head, length, BLOCK, VEC), eviction_policy=DROP)
     else:
-        tl.store(ptrs, x.to(ptr.dtype.element_ty))
+        tl.store(ptrs, x, eviction_policy=DROP)
 
 
 @triton.jit
@@ -103,5 +161,5 @@ def shift_of(peak):
 @triton.jit
 def new_peak(peak, x):
     """(the lanes' running maxima, the same as shifts)."""
-    peak = tl.maximum(peak, tl.max(x, 1))  # a NaN may be lost here, but not in the sum
+    peak = tl.maximum(peak, tl.max(tl.max(x, 2), 0))  # a NaN may be lost here, but not in the sum
     return peak, shift_of(peak)

@@ -10,8 +10,8 @@ Grid    one program a row, BLOCK columns a step
 import triton
 import triton.language as tl
 
-from fastkd.kernels.config import alignment, device_of, launch_options, row_strides
-from fastkd.kernels.lse import align, load_tile, row_start, store_tile, tile_at, tile_range
+from fastkd.kernels.config import alignment, device_of, gpu_of, launch_options, row_strides
+from fastkd.kernels.lse import DROP, NO_TILE, align, load_tile, row_start, store_tile, tile_at, tile_range
 
 
 @triton.jit(do_not_specialize=["inner_rows"], do_not_specialize_on_alignment=["scalar_ptr"])
@@ -26,10 +26,10 @@ def scale_kernel(
     x_ptr += start
     length = columns + head
     for masked in tl.static_range(2):
-        first, end = tile_range(length, BLOCK, PEEL, masked)
+        first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
-            tile = tile_at(i, first, end, length, BLOCK, masked, False)
-            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked)
+            tile = tile_at(i, first, end, length, NO_TILE, BLOCK, PEEL, masked, False)
+            x = load_tile(x_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
             store_tile(x_ptr, tile, head, length, x * scalar, BLOCK, VEC, masked)
 
 
@@ -38,7 +38,9 @@ def scale_(x, scalar) -> None:
     outer, inner, columns = x.shape
     if outer * inner == 0:
         return
+    tiles = alignment(x)
     with device_of(x):
         scale_kernel[(outer * inner,)](
-            x, scalar, inner, *row_strides(x), columns, **alignment(x), **launch_options(columns)
-        )
+            x, scalar, inner, *row_strides(x), columns,
+            **tiles, **launch_options(gpu_of(x), columns, tiles["VEC"]),
+        )  # fmt: skip

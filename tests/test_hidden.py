@@ -39,8 +39,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"token_weights": torch.ones(2, 3, requires_grad=True)}, ValueError, "token_weights: got a tensor that requires"),
     ({"reduction": "batchmean"}, ValueError, "reduction: got 'batchmean', must be one of 'mean', 'sum', 'none'"),
     ({"num_items": -1}, ValueError, "num_items: got -1, must be >= 0"),
+    ({"num_items": (6, 6)}, TypeError, "num_items: got tuple, must be a number or a tensor"),
+    ({"num_items": torch.ones((), device="meta")}, ValueError, "num_items: got device meta, must be student_hidden's"),
     ({"num_items": math.nan}, ValueError, "num_items: got nan, must be finite"),
     ({"num_items": torch.ones(2)}, ValueError, "num_items: got shape (2,), must be a number or have one element"),
+    ({"student_hidden": H.to_sparse()}, TypeError, "student_hidden: got layout torch.sparse_coo, must be dense"),
     ({"num_items": 6, "reduction": "sum"}, ValueError, "num_items: got a value with reduction='sum'"),
     ({"backend": "cudnn"}, ValueError, "backend: got 'cudnn', must be one of 'cpu', 'cuda', 'torch', 'triton'"),
 ]  # fmt: skip
@@ -102,6 +105,22 @@ class TestAutograd:
         assert teacher.grad is None and student.grad is not None
         loss = fastkd.hidden_loss(student.detach(), teacher, kind=kind, reduction=reduction, backend=backend)
         assert not loss.requires_grad
+
+    def test_batched_gradients(self, backend: str, kind: str, reduction: str) -> None:
+        student, teacher = torch.randn(3, 17, requires_grad=True), torch.randn(3, 17)
+        loss = fastkd.hidden_loss(student, teacher, kind=kind, reduction=reduction, backend=backend)
+        several = torch.randn(2, *loss.shape)
+        (grads,) = torch.autograd.grad(loss, student, several, is_grads_batched=True, retain_graph=True)
+        for grad, grad_output in zip(grads, several, strict=True):
+            check_gradient(grad, torch.autograd.grad(loss, student, grad_output, retain_graph=True)[0])
+
+    def test_within_a_transform(self, backend: str, kind: str, reduction: str) -> None:
+        """Refused with a way out."""
+        teacher = torch.randn(2, 17)
+        with pytest.raises(RuntimeError, match=r"fastkd does not work within transforms of torch\.func"):
+            torch.func.grad(
+                lambda s: fastkd.hidden_loss(s, teacher, kind=kind, reduction=reduction, backend=backend).sum()
+            )(torch.randn(2, 17))
 
     def test_without_grad(self, backend: str, kind: str, reduction: str) -> None:
         student, teacher = torch.randn(2, 17, requires_grad=True), torch.randn(2, 17)

@@ -159,5 +159,9 @@ def test_bad_states() -> None:
         module(student, teacher[:4])
     with pytest.raises(ValueError, match=r"^student_hidden_states\[1\]: got a width of 3, must be student_size, 4"):
         module([tensor[..., :3] for tensor in student], teacher)
+    with pytest.raises(
+        ValueError, match=r"^token_weights: got shape \(3,\), must be \(2, 3\), one entry a row of stude"
+    ):
+        module(student, teacher, token_weights=torch.ones(3))
     with pytest.raises(TypeError, match=r"^mask: got torch\.int64, must be torch\.bool"):
         module(student, teacher, mask=MASK.long())

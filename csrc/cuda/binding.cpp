@@ -17,9 +17,10 @@ std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz,
     const KDRowsParams p = kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows,
                                           n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     const Queue on = queue(device, stream);
-    return p.z.dtype == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
-           : p.z.dtype == DType::kFloat16 ? launch_kd_rows<float16>(p, on)
-                                          : launch_kd_rows<float>(p, on);
+    const DType kernel = p.common_dtype();
+    return kernel == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
+           : kernel == DType::kFloat16 ? launch_kd_rows<float16>(p, on)
+                                       : launch_kd_rows<float>(p, on);
 }
 
 std::string log_softmax(const py::tuple& x, const py::tuple& out, const py::tuple& dy, uintptr_t lse, int64_t rows,
@@ -35,10 +36,13 @@ std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t 
     return launch_scale(p, pointer<const float>(scalar), queue(device, stream));
 }
 
-// For a test: the grid that a device with these limits gives, as (resident, cluster, threads, bytes of shared memory).
-py::tuple plan_for(int major, int block_shared, int sm_shared, int reserved_shared, int64_t vectors, int tensors) {
-    const Plan grid = plan({major, block_shared, sm_shared, reserved_shared}, vectors, tensors);
-    return py::make_tuple(grid.resident, grid.cluster, grid.threads, grid.shared);
+// For a test: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of shared
+// memory), the best first.
+py::list plans_for(int major, int block_shared, int sm_shared, int reserved_shared, int64_t vectors, int tensors) {
+    py::list grids;
+    for (const Plan& plan : plans({major, block_shared, sm_shared, reserved_shared}, vectors, tensors))
+        grids.append(py::make_tuple(plan.resident, plan.cluster, plan.threads, plan.shared));
+    return grids;
 }
 
 }  // namespace
@@ -48,5 +52,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);
     m.def("supports_device", &supports_device);
-    m.def("plan", &plan_for);
+    m.def("plans", &plans_for);
 }

@@ -1,5 +1,5 @@
-// Threads, barriers and shuffles of a grid whose rows are worked on by clusters of blocks. The kernels use these names
-// alone, so that the same source also runs on a CPU under the shim of the tests (FASTKD_SIMT).
+// Threads, barriers, shuffles and asynchronous stores of a grid whose rows are worked on by clusters of blocks. The
+// kernels use these names alone, so that the same source also runs on a CPU under the shim of the tests (FASTKD_SIMT).
 #pragma once
 
 #include "../numeric.h"
@@ -10,16 +10,31 @@
 
 #define FASTKD_D __device__ __forceinline__
 #define FASTKD_KERNEL __global__
-// So many blocks an SM, so that one's loads overlap another's arithmetic: 3 leave a thread 80 registers, 2 leave 128.
+// So many blocks an SM, so that one's loads overlap another's arithmetic: 3 leave a thread 80 registers.
 #define FASTKD_BOUNDS(blocks) __launch_bounds__(256, blocks)
 
 namespace fastkd {
 
+// Clusters of blocks, and stores that complete on a barrier of the block they go to, exist from sm_90 on.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+#else
+constexpr bool kHasClusters = false;
+#endif
+
 FASTKD_D int thread_rank() { return static_cast<int>(threadIdx.x); }
 FASTKD_D int block_threads() { return static_cast<int>(blockDim.x); }
-FASTKD_D int64_t block_rank() { return blockIdx.x; }
+FASTKD_D int block_rank() { return static_cast<int>(blockIdx.x); }
+FASTKD_D int grid_blocks() { return static_cast<int>(gridDim.x); }
 
 FASTKD_D float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+FASTKD_D uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+FASTKD_D float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+FASTKD_D void warp_barrier() { __syncwarp(); }
+FASTKD_D void block_barrier() { __syncthreads(); }
 
 // Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, and where no cluster was launched.
 FASTKD_D int cluster_rank() {
@@ -38,15 +53,8 @@ FASTKD_D int cluster_size() {
     return static_cast<int>(size);
 }
 
-// The first half of the barrier that a kernel begins with, before anything is written.
-FASTKD_D void cluster_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-// Barrier over the cluster in two halves: what the arriving threads wrote, to shared memory anywhere in the cluster,
-// is seen by those that have waited. Of a single block it is the block's barrier, in the second half.
+// Barrier over the cluster's threads in two halves, for a kernel's start: what was written before it, the barriers
+// below included, is seen by everyone who has waited. It orders all of memory, so no row passes one.
 FASTKD_D void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -56,27 +64,71 @@ FASTKD_D void cluster_arrive() {
 FASTKD_D void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
 #endif
 }
 
-// Writes *local, in this block's shared memory, as it lies in block ``rank`` of the cluster.
-FASTKD_D void store_remote(float* local, int rank, float value) {
+// A transaction barrier in shared memory. A phase of it ends when it has been armed (barrier_expect, by one thread) and
+// as many bytes as that said have been stored; phases have parity 0, 1, 0, ...
+struct alignas(8) Barrier {
+    uint64_t state;
+};
+
+FASTKD_D unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+FASTKD_D void barrier_init(Barrier* barrier, int arrivals) {
 #if __CUDA_ARCH__ >= 900
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(local));
-    unsigned remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-#else
-    *local = value;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 
-// 16 bytes from global to shared memory, which this thread sees once it has waited.
-FASTKD_D void copy_async(void* shared, const void* global) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+FASTKD_D void barrier_expect(Barrier* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+FASTKD_D void barrier_wait(Barrier* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+// Writes *local, in this block's shared memory, as it lies in block ``rank`` of the cluster, and completes 4 bytes on
+// that block's barrier.
+FASTKD_D void store_async(float* local, int rank, float value, Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+    unsigned remote, remote_barrier;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(local)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(shared_address(barrier)), "r"(rank));
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(remote),
+                 "f"(value), "r"(remote_barrier)
+                 : "memory");
+#endif
+}
+
+// 16 bytes from global to shared memory, if ``wanted``, which this thread sees once it has waited. A predicate, not a
+// branch.
+FASTKD_D void copy_async(void* shared, const void* global, bool wanted) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %2, 0;\n"
+        "@wanted cp.async.cg.shared.global [%0], [%1], 16;\n"
+        "}\n" ::"r"(shared_address(shared)),
+        "l"(global), "r"(static_cast<int>(wanted))
+        : "memory");
 }
 
 FASTKD_D void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

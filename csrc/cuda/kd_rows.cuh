@@ -1,378 +1,542 @@
-// The row operation on a GPU: a cluster of blocks works on one row.
+// The row operation on a GPU: clusters of blocks, each of which works on one row after another.
 //
-// Math    see row.h; term and g come from the functor. S comes with stage 1 where a mean of d gives it (Moment), and
+// Math    see row.h for the stages, state.cuh for stage 1, linear.cuh for term and g of a row that is far from
+//         convergence, divergence.h for one that is near. S comes with stage 1 where a mean of d gives it (Moment), and
 //         stage 2 is left out; where that mean has not the digits, or G is not known otherwise, stage 2 sums both.
-// Shapes  z, u, dz [B, S, columns] fp32|bf16|fp16, last stride 1; labels [N] int64; scales, losses [N]; stats [N, 8].
+// Shapes  z, u, dz [B, S, columns], last stride 1; labels [N] int64; scales, losses [N]; stats [N, 8]. z, u and dz are all
+//         of T; in a kernel of T = float, each is of any type.
 // Bytes   an element, e bytes wide. Resident: each logit is read once into shared memory and stays there between the
 //         stages: loss 2e, loss and gradient 3e, the floor. Otherwise each stage reads the row again, from L2 where it
 //         still is: loss 2e, loss and gradient 5e, and 2e more for each stage 2; gradient from statistics 3e.
-// Work    at T = 2, bytes at 3 TB/s leave an H100 57 instructions a column of bfloat16; 4 of them are exponentials. So
-//         what only the label's column, a ragged end, smoothing or another T needs is kept out of the main loops.
-// Grid    N·C blocks of up to 256 threads in clusters of C (1, 2, 4, 8 or 16). Each block has a contiguous slice of
-//         the row, whose vectors its threads take in turn.
-// Merge   A warp merges its lanes by shuffles, then writes its state to its slot in every block of the cluster; after
-//         one cluster barrier each warp merges all slots, in the same order everywhere, so results are deterministic.
-//         The barriers of a row: that everyone has started (hidden behind the loads), stage 1, and each stage 2.
+// Work    at T = 2, bytes at 3 TB/s leave an H100 57 instructions a column of bfloat16, at 4.3 TB/s an H200 40. So what
+//         only the label's column, a ragged end, smoothing, another T or a row near convergence needs is kept out of the
+//         loops, and one warp of a block works out what is the same in a row; tests/csrc counts the instructions.
+// Grid    as many clusters of C blocks (1, 2, 4, 8 or 16) as the device holds, of up to 256 threads each. A block has a
+//         contiguous slice of the row, whose vectors its threads take in turn. In stage 3 a thread that has read a
+//         vector for the last time begins the copy of the next row's into its place.
+// Merge   lanes, then the warps of a block, then the blocks of the cluster, see reduce.cuh: always in the same order, so
+//         that results do not depend on the number of clusters.
 #pragma once
 
 #include <cmath>
 
-#include "../params.h"
-#include "../row.h"
+#include "linear.cuh"
 #include "reader.cuh"
-#include "reduce.cuh"
+#include "state.cuh"
 
 namespace fastkd {
 
-struct RowState {
-    float z_peak = -kInfinity, u_peak = -kInfinity;
-    float others = 0.0f;          // Σ exp(z − z_peak), the label's column apart
-    float s = 0.0f, t = 0.0f;     // Σ exp((z − z_peak)/T), Σ exp((u − u_peak)/T)
-    float moment = 0.0f;          // Σ of what kMoment names, with the same exponentials and peaks
-    float entropy = 0.0f;         // Σ exp((u − u_peak)/T)·(u − u_peak)
-    float sum_z = 0.0f;           // Σ z − anchor
+// What is the same in all rows, beside the params.
+struct RowGrid {
+    int share;          // vectors of a block
+    bool hard, writes;  // there are labels; there is a gradient to write
+    bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
+    bool smooths;
+    float near_below;    // rows of a smaller S take the near form
+    float log_w, log_v;  // log₂ of w and 1 − w
 };
 
-// Everything that is the same in all columns of a row.
-struct RowNumbers {
-    float k, inv_t;              // log2(e)/T and 1/T
-    int label;                   // −1: none
-    bool hard, smooth;
-    // Whether exp(z) comes as e·(square·e + linear) of e = exp(z/T): T is 1 or 2, or there is no hard term to use it.
-    bool is_power;
-    float square, linear;
-    float anchor;                // z_y, for the mean of z: far from 0 a sum of z has no digits left
-    float z_shift, u_shift;      // the peaks
-    float lse_h, lse_s, lse_t;   // log₂ normalisers of z, z/T, u/T, relative to the peaks
-    float offset, shift;         // of d, in natural units
-    bool near;                   // the form of g
-    float other_side;
-    float log_ratio_of_sums;
-    float grad_sum, rest;
+// The params as the kernel wants them, and all of its grid but the share.
+template <class Functor>
+RowGrid prepare_rows(KDRowsParams& p, const Functor& functor) {
+    // Rows at one distance from each other need no division.
+    const auto is_even = [&](const Matrix& m) { return !m.data || m.outer == m.inner * p.inner_rows; };
+    if (is_even(p.z) && is_even(p.u) && is_even(p.dz)) p.inner_rows = p.rows;
+    const bool smooths = p.labels && p.smoothing > 0.0f;
+    const bool is_power = !p.u.data || p.temperature == 1.0f || p.temperature == 2.0f;
+    const double w = p.w;
+    RowGrid grid;
+    grid.hard = p.labels, grid.writes = p.dz.data;
+    grid.is_power = !p.labels || (!smooths && is_power);
+    grid.smooths = smooths;
+    grid.near_below = functor.near_below();
+    grid.log_w = static_cast<float>(std::log2(w)), grid.log_v = static_cast<float>(std::log2(1.0 - w));
+    return grid;
+}
 
-    // Given log Σ exp((u − peak)/T) less that of z.
-    FASTKD_D void set_ratio(float log_sums) {
-        lse_t = lse_s + log_sums * kLog2E;
-        offset = offset_between(z_shift, u_shift);
-        shift = (u_shift - offset - z_shift) * inv_t + log_sums;
-        log_ratio_of_sums = log_sums;
+// A row to work on, and what of it is fetched ahead.
+struct Task {
+    int row;
+    float hard_scale, soft_scale;
+    int label;  // −1: none, or outside the vocabulary
+
+    FASTKD_D bool counts() const { return hard_scale != 0.0f || soft_scale != 0.0f; }
+};
+
+// Where a row begins, in bytes from its matrix's data: of pointers that go round a loop, the compiler would not know
+// that they are to global memory.
+struct Place {
+    int64_t z, u, dz;
+};
+
+// How term and g of a row are had: from coefficients, where it is far from convergence; else by the functor.
+enum class Form : int { kLinear, kFar, kNear };
+
+// A stage 2 by the functor that a row needs still: in the far form, in the near form, or, the latter having shown an
+// error of the normalisers, again without it.
+enum class Again : int { kNo, kFar, kNear, kCentred };
+
+// All that the threads of a block must know of a row, worked out by its first warp.
+struct RowNumbers {
+    float z_peak, u_peak;
+    float lse_h, lse_s;  // log₂ normalisers of z and z/T, relative to the peak
+    float log_ratio;     // log Σ exp of u/T, relative to its peak, less that of z/T
+    float hard, soft, entropy, grad_sum, other_side, rest;
+    Form form;
+    Again again;
+    // Stage 3 from coefficients: the hard term comes as square·s² or in soft_term, or with an exponential of its own.
+    Normalisers sums;
+    Coefficients soft_term;
+    float square, hard_factor, label_hard;
+};
+
+template <class T, class Functor, bool kSoft, bool kResident>
+struct KDRow {
+    static constexpr int kColumns = Vec<T>::kColumns;
+    static constexpr Moment kMoment = kMomentOf<Functor>;
+    static constexpr bool kSummed = kSoft && kMoment == Moment::kNone;  // stage 2 always runs
+    using Reader = RowReader<T, kSoft, kResident>;
+
+    const KDRowsParams& p;
+    Linear<Functor> linear;
+    const RowGrid& grid;
+    float k;  // log2(e)/T
+
+    FASTKD_D KDRow(const KDRowsParams& p, const Functor& functor, const RowGrid& grid)
+        : p(p), linear(functor), grid(grid), k(inv_t() * kLog2E) {}
+
+    // Not kept: registers are scarcer than instructions outside the loops.
+    FASTKD_D float inv_t() const { return kSoft ? 1.0f / p.temperature : 1.0f; }
+    FASTKD_D int rows() const { return static_cast<int>(p.rows); }
+    FASTKD_D bool squares() const { return kSoft && p.temperature == 2.0f; }
+
+    FASTKD_D Task fetch(int row) const {
+        Task task = {row, 0.0f, 0.0f, -1};
+        if (row >= rows()) return task;
+        if (kSoft) task.soft_scale = p.soft_scale[row];
+        if (grid.hard) {
+            task.hard_scale = p.hard_scale[row];
+            const uint64_t label = p.labels[row];
+            if (label < static_cast<uint64_t>(p.n)) task.label = static_cast<int>(label);
+        }
+        return task;
+    }
+
+    // The addresses of a row. Host code makes inner_rows the number of rows where the strides allow it.
+    FASTKD_D Place place(int row) const {
+        const unsigned inner_rows = static_cast<unsigned>(p.inner_rows), index = static_cast<unsigned>(row);
+        const auto at = [&](const Matrix& matrix, unsigned outer, unsigned inner) {
+            return (outer * matrix.outer + inner * matrix.inner) * size_of(dtype_of(matrix));
+        };
+        const auto all = [&](unsigned outer, unsigned inner) {
+            return Place{at(p.z, outer, inner), at(p.u, outer, inner), at(p.dz, outer, inner)};
+        };
+        return index < inner_rows ? all(0, index) : all(index / inner_rows, index % inner_rows);
+    }
+
+    FASTKD_D DType dtype_of(const Matrix& matrix) const { return sizeof(T) == 2 ? type_of<T>() : matrix.dtype; }
+
+    FASTKD_D int head(const Place& row) const {
+        return grid.writes ? head_of<T>(p.dz.data + row.dz, dtype_of(p.dz)) : head_of<T>(p.z.data + row.z, dtype_of(p.z));
+    }
+
+    FASTKD_D Reader open(const Place& row) const {
+        const int n = static_cast<int>(p.n), before = head(row);
+        const Source<T> z(p.z.data + row.z, dtype_of(p.z), n, before);
+        const Source<T> u = kSoft ? Source<T>(p.u.data + row.u, dtype_of(p.u), n, before) : z;
+        return Reader(z, u, grid.share, dynamic_shared());
+    }
+
+    // Zeros in the columns from ``first`` on: those past the vocabulary, or all of a row that does not count.
+    FASTKD_D void clear(const Place& place, int64_t first) const {
+        if (!grid.writes || static_cast<int>(first) == static_cast<int>(p.columns)) return;
+        const int64_t size = size_of(dtype_of(p.dz));
+        char* const data = p.dz.data + place.dz;
+        store_zeros(data + first * size, data + p.columns * size, cluster_rank() * block_threads() + thread_rank(),
+                    cluster_size() * block_threads());
+    }
+
+    // The next row from this one on that counts. Those that do not are not read.
+    FASTKD_D Task next_that_counts(Task task, int step) const {
+        while (task.row < rows() && !task.counts()) {
+            clear(place(task.row), 0);
+            if (is_first() && !p.from_stats) p.hard[task.row] = p.soft[task.row] = 0.0f;
+            task = fetch(task.row + step);
+        }
+        return task;
+    }
+
+    static FASTKD_D bool is_first() { return cluster_rank() == 0 && thread_rank() == 0; }
+
+    // ---- Stage 1
+
+    FASTKD_D RowState stage1(const Reader& reader, const Task& task, Exchange& exchange, int turn) const {
+        // From the matrix, so that a resident row needs no address here.
+        const float anchor = grid.smooths && task.label >= 0 ? shift_of(open(place(task.row)).x[task.label]) : 0.0f;
+        const RowScale row = {k, squares(), grid.smooths, anchor, task.label, static_cast<int>(p.n)};
+        return grid.is_power ? stage1<true>(reader, row, exchange, turn) : stage1<false>(reader, row, exchange, turn);
     }
 
     template <bool kPower>
-    FASTKD_D float hard_exp(float tempered, float x) const {
-        return kPower ? tempered * (square * tempered + linear) : exp2(x * kLog2E);
+    FASTKD_D RowState stage1(const Reader& reader, const RowScale& row, Exchange& exchange, int turn) const {
+        using Sums = Stage1<kSoft, kPower, Functor>;
+        RowState state;
+        Peak<T> z_peak, u_peak;
+        if constexpr (kResident) {
+            reader.for_kept([&](const Vec<T>* place) {
+                z_peak.include(reader.kept_at(place));
+                if (kSoft) u_peak.include(reader.kept_at(place + kWarp));
+            });
+            const Peaks peaks = warp_peaks(z_peak, u_peak);
+            state.z_peak = peaks.x, state.u_peak = peaks.y;
+        }
+        const auto add = [&](auto careful, int slot, const Vec<T>* place) {
+            const Vec<T> z = reader.x_at(slot, place), u = kSoft ? reader.y_at(slot, place) : z;
+            if constexpr (!kResident) {
+                z_peak.include(z);
+                if (kSoft) u_peak.include(u);
+                const float z_now = z_peak.value(), u_now = kSoft ? u_peak.value() : 0.0f;
+                if (z_now > state.z_peak || (kSoft && u_now > state.u_peak)) Sums::rescale(state, z_now, u_now, row);
+            }
+            Sums::template add<decltype(careful)::value>(state, z, u, reader.column(slot), row);
+        };
+        const int label_slot = reader.slot_of(row.label);
+        reader.template for_main<false>(reader.is_ragged_at_0(), label_slot, [&](int slot, const Vec<T>* place) {
+            add(std::false_type(), slot, place);
+        });
+        for (bool all = false;; all = true) {
+            reader.for_special(all, reader.is_ragged_at_0(), label_slot, [&](int slot) {
+                if (slot < reader.count) add(std::true_type(), slot, reader.place_of(slot));
+            });
+            if (all || Sums::is_finite(state)) break;
+            RowState again;
+            again.z_peak = state.z_peak, again.u_peak = state.u_peak;
+            state = again;
+        }
+        Sums::finish(state, row);
+        state.z_y = shuffle(state.z_y, label_slot & (kWarp - 1));  // of another warp's label it is 0
+        state = Sums::template merge<kResident>(state, row);
+        return exchange.reduce(state, turn, [&](const RowState& lane) { return Sums::merge_warps(lane, row); });
+    }
+
+    // The normalisers and, where stage 1 gives them, S and G.
+    FASTKD_D RowNumbers normalise(const RowState& state, const Task& task) const {
+        RowNumbers row = {};
+        const float z_y = task.label >= 0 ? state.z_y : kNaN;
+        row.z_peak = shift_of(state.z_peak);
+        const float z_rounding = rounding_of(row.z_peak, k);
+        if constexpr (kSoft) {
+            row.u_peak = shift_of(state.u_peak);
+            row.lse_s = log2f(state.s) + z_rounding;
+            row.sums = {1.0f / state.s, 1.0f / state.t, log2f(state.t / state.s)};
+            row.log_ratio = (row.sums.log_ratio + (rounding_of(row.u_peak, k) - z_rounding)) * kLn2;
+            row.grad_sum = -linear.functor.weight();
+        }
+        if (grid.hard) {
+            const float rounding = grid.is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
+            const float log_others = log2f(state.others) + rounding;
+            const float t = (row.z_peak - z_y) + log_others * kLn2;
+            const LabelTerm term = label_term(t);
+            row.rest = term.rest;
+            // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
+            const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
+                                           : (z_y - row.z_peak) + term.loss;
+            row.lse_h = log_sum * kLog2E;
+            row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
+        }
+        if constexpr (kMoment != Moment::kNone) {
+            // Relative to the origins, as the sums are.
+            const float mean = Stage1<kSoft, true, Functor>::mean(state) * kLn2;
+            const Value<float> soft = value_from_mean(linear.functor, mean, row.sums.log_ratio * kLn2);
+            row.soft = soft.value;
+            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = soft.value;
+            row.again = is_near(row) ? Again::kNear : soft.has_digits ? Again::kNo : Again::kFar;
+        }
+        if (Functor::kEntropy) row.entropy = (log2f(state.t) - state.entropy * row.sums.teacher) * kLn2;
+        return row;
+    }
+
+    FASTKD_D bool is_near(const RowNumbers& row) const { return row.soft < grid.near_below; }
+
+    // ---- Stage 2
+
+    FASTKD_D SumState stage2(const Reader& reader, const RowNumbers& row, Exchange& exchange, int turn) {
+        linear.prepare(row.sums);
+        const float z_origin = origin_of(row.z_peak, k), u_origin = origin_of(row.u_peak, k);
+        SumState sums;
+        reader.template for_each<true>([&](int slot) {
+            const Vec<T> z = reader.x_at(slot), u = reader.y_at(slot);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) linear.add(sums, fma(z[j], k, -z_origin), fma(u[j], k, -u_origin));
+        });
+        return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
+    }
+
+    FASTKD_D RowNumbers with_sums(RowNumbers row, const SumState& sums) {
+        linear.prepare(row.sums);
+        const RowSums result = linear.finish(sums, row.sums, grid.log_w, grid.log_v);
+        row.soft = result.value, row.grad_sum = result.grad_sum, row.other_side = result.other_side;
+        // The hardware's logarithm is off by up to 4e-7.
+        const bool is_rough = !Functor::kTwoSided && row.soft < 2.0f * kFewDigits * linear.weights();
+        row.again = is_near(row) ? Again::kNear : is_rough || !linear.is_served() ? Again::kFar : Again::kNo;
+        return row;
+    }
+
+    template <bool kNear>
+    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange& exchange,
+                                        int turn) const {
+        SumState sums;
+        reader.template for_each<true>([&](int slot) {
+            for_columns(reader.x_at(slot), reader.y_at(slot), [&](int, float z, float u) {
+                float p_s, excess;
+                const TermGrad column = evaluate<kNear>(row, z, u, p_s, excess);
+                sums.first += column.term;
+                sums.second += column.g;
+                if (Functor::kTwoSided) sums.third += p_s;
+                if (kNear) sums.fourth += excess;
+            });
+        });
+        return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
+    }
+
+    FASTKD_D SumState stage2_by_functor(const Reader& reader, const RowNumbers& row, Exchange& exchange,
+                                        int turn) const {
+        return row.again == Again::kFar ? stage2_by_functor<false>(reader, row, exchange, turn)
+                                        : stage2_by_functor<true>(reader, row, exchange, turn);
+    }
+
+    FASTKD_D RowNumbers with_functor_sums(RowNumbers row, const SumState& sums) const {
+        const Again done = row.again;
+        const float excess = sums.fourth;
+        row.form = done == Again::kFar ? Form::kFar : Form::kNear;
+        row.soft = sums.first;
+        if (row.form == Form::kNear || Functor::kGradSum != GradSum::kConstant) row.grad_sum = sums.second;
+        if (Functor::kTwoSided) {
+            const float other = sums.second - sums.third;
+            row.other_side = sums.second > -other ? 1.0f : 0.0f;
+            if (row.other_side != 0.0f) row.grad_sum = other;
+        }
+        row.again = Again::kNo;
+        if (done == Again::kFar && is_near(row)) row.again = Again::kNear;
+        // What the rounding of the normalisers adds to every d shows in Σ (p_t − p_s) = 0. A divergence feels its square,
+        // total variation itself.
+        if (done == Again::kNear && (Functor::kTwoSided || excess * excess > 2e-6f * row.soft)) {
+            row.again = Again::kCentred;
+            row.log_ratio += excess;
+        }
+        return row;
+    }
+
+    static FASTKD_D SumState merge(const SumState& lane) {
+        float sums[] = {lane.first, lane.second, lane.third, lane.fourth};
+        warp_sums(sums);
+        return {sums[0], sums[1], sums[2], sums[3]};
+    }
+
+    // term and g of a column by the functor.
+    template <bool kNear>
+    FASTKD_D TermGrad evaluate(const RowNumbers& row, float z, float u, float& p_s, float& excess) const {
+        const float lse_t = row.lse_s + row.log_ratio * kLog2E;
+        const float offset = offset_between(row.z_peak, row.u_peak);
+        const float shift = (row.u_peak - offset - row.z_peak) * inv_t() + row.log_ratio;
+        const float p_t = exp2((u - row.u_peak) * k - lse_t);
+        p_s = exp2((z - row.z_peak) * k - row.lse_s);
+        const float d = log_ratio(z, u, offset, inv_t(), shift);
+        excess = kNear ? Excess(d, p_t, p_s).mass : 0.0f;
+        return linear.functor.template column<kNear>(d, p_t, p_s);
+    }
+
+    // ---- Stage 3
+
+    // Folds what stage 3 needs of a row into coefficients.
+    FASTKD_D void fold(RowNumbers& row, const Task& task) {
+        const float z_rounding = rounding_of(row.z_peak, k);
+        const auto hard = [&](float rounding) { return task.hard_scale == 0.0f ? 0.0f : task.hard_scale * exp2(rounding - row.lse_h); };
+        const bool has_hard = grid.hard;
+        row.square = has_hard && grid.is_power && squares() ? hard(2.0f * z_rounding) : 0.0f;
+        const float constant = has_hard && grid.is_power && !squares() ? hard(z_rounding) : 0.0f;
+        row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
+        row.label_hard = task.hard_scale * ((grid.smooths ? p.smoothing - uniform() : 0.0f) - row.rest);
+        linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t(), constant);
+        row.soft_term = linear.c;
+    }
+
+    FASTKD_D float uniform() const { return grid.smooths ? p.smoothing / static_cast<float>(p.n) : 0.0f; }
+
+    // Whether the places of the vectors were filled with those of the next row, if it has_next, as they became free.
+    FASTKD_D bool stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
+                         const Place& place) {
+        if (kSoft && row.form == Form::kNear)
+            return stage3<Form::kNear, false>(reader, next, has_next, row, task, place);
+        if (kSoft && row.form == Form::kFar)
+            return stage3<Form::kFar, false>(reader, next, has_next, row, task, place);
+        return grid.is_power ? stage3<Form::kLinear, true>(reader, next, has_next, row, task, place)
+                             : stage3<Form::kLinear, false>(reader, next, has_next, row, task, place);
+    }
+
+    template <Form kForm, bool kPower>
+    FASTKD_D bool stage3(const Reader& reader, const Reader& next, bool has_next, const RowNumbers& row, const Task& task,
+                         const Place& place) {
+        const float z_origin = origin_of(row.z_peak, k), u_origin = kSoft ? origin_of(row.u_peak, k) : 0.0f;
+        const float hard_origin = origin_of(row.z_peak, kLog2E), even = task.hard_scale * uniform();
+        const auto factor = [&] { return task.soft_scale * inv_t(); };
+        // factor·(g − p_s·G), and what of the hard term is folded in.
+        const auto tempered = [&](const Linear<Functor>& by, float square, float z, float u) {
+            if constexpr (kForm == Form::kLinear) {
+                const float x = fma(z, k, -z_origin), y = kSoft ? fma(u, k, -u_origin) : 0.0f;
+                const float s = exp2(x), coefficient = by.coefficient(x, y, s);
+                const float student = s * (kPower ? fma(square, s, coefficient) : coefficient);
+                return Linear<Functor>::kTeacher ? fma(-by.c.other, exp2(y), student) : student;
+            } else {
+                float p_s, excess;
+                const TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
+                return factor() * soft_gradient<Functor>(column.g - row.other_side * p_s, p_s, row.grad_sum);
+            }
+        };
+        linear.c = row.soft_term;
+        const float square = row.square;
+        const Sink<T> dz_row{p.dz.data + place.dz, dtype_of(p.dz), static_cast<int>(p.n), reader.x.head};
+        const auto with_hard = [&](float soft, float z) {
+            if constexpr (kPower) return soft;
+            return soft + fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even);
+        };
+        // The gradient of a vector that may hold the label or stick out of the row.
+        const auto careful = [&](int slot) {
+            const int first = reader.column(slot);
+            const Vec<T> z = reader.x_at(slot);
+            float dz[kColumns];
+            for_columns(z, kSoft ? reader.y_at(slot) : z, [&](int j, float z_j, float u_j) {
+                float value;
+                if (first + j == task.label) {
+                    Linear<Functor> alone = linear;
+                    alone.fold(row.sums, row.grad_sum, row.other_side, factor(), 0.0f);
+                    value = tempered(alone, 0.0f, z_j, u_j) + row.label_hard;
+                } else {
+                    value = with_hard(tempered(linear, square, z_j, u_j), z_j);
+                }
+#pragma unroll
+                for (int i = 0; i + 1 < kColumns; ++i) dz[i] = dz[i + 1];
+                dz[kColumns - 1] = value;
+            });
+            dz_row.store(first, dz);
+        };
+        const bool refill = kForm == Form::kLinear && kResident && next.direct && has_next;
+        const bool special_0 = reader.is_ragged_at_0() || next.is_ragged_at_0();
+        const int label_slot = reader.slot_of(task.label);
+        if constexpr (kForm == Form::kLinear) {
+            reader.template for_main<true>(special_0, label_slot, [&](int slot, Vec<T>* at) {
+                const Vec<T> z = reader.x_at(slot, at), u = kSoft ? reader.y_at(slot, at) : z;
+                float dz[kColumns];
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j) dz[j] = with_hard(tempered(linear, square, z[j], u[j]), z[j]);
+                dz_row.store_whole(reader.column(slot), dz);
+                if constexpr (kResident) next.copy(slot, at, refill);
+            });
+        }
+        reader.for_special(kForm != Form::kLinear, special_0, label_slot, [&](int slot) {
+            if (slot < reader.count) careful(slot);
+            if (refill && slot < next.count) next.fill(slot);
+        });
+        return refill;
+    }
+
+    // ---- A row
+
+    FASTKD_D RowNumbers from_stats(const float* stats) const {
+        RowNumbers row = {};
+        row.z_peak = stats[kPeakStudent];
+        row.u_peak = stats[kPeakTeacher];
+        row.lse_h = stats[kLogHard] * kLog2E;
+        row.lse_s = stats[kLogStudent] * kLog2E;
+        row.log_ratio = stats[kLogRatio];
+        row.rest = stats[kLabelRest];
+        row.grad_sum = stats[kGradSum];
+        if (Functor::kTwoSided) row.other_side = stats[kGradForm];
+        row.form = !kSoft ? Form::kLinear : !Functor::kTwoSided && stats[kGradForm] != 0.0f ? Form::kNear : Form::kFar;
+        return row;
+    }
+
+    FASTKD_D void write(const RowNumbers& row, int index) const {
+        p.hard[index] = row.hard;
+        p.soft[index] = (row.soft < 0.0f ? 0.0f : row.soft) + row.entropy;
+        float* stats = p.stats + static_cast<int64_t>(index) * kNumStats;
+        stats[kPeakStudent] = row.z_peak;
+        stats[kPeakTeacher] = row.u_peak;
+        stats[kLogHard] = row.lse_h * kLn2;
+        stats[kLogStudent] = row.lse_s * kLn2;
+        stats[kLogRatio] = row.log_ratio;
+        stats[kGradSum] = row.grad_sum;
+        stats[kLabelRest] = row.rest;
+        stats[kGradForm] = Functor::kTwoSided ? row.other_side : row.form == Form::kNear ? 1.0f : 0.0f;
     }
 };
 
-// Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
-template <bool kSoft, bool kPower, class Functor>
-FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowNumbers& row) {
-    const float z_drop = state.z_peak - shift_of(z_peak);
-    const float by_s = kSoft ? exp2(z_drop * row.k) : 0.0f;
-    state.others *= row.hard_exp<kPower>(by_s, z_drop);
-    state.z_peak = z_peak;
-    if constexpr (kSoft) {
-        const float u_drop = state.u_peak - shift_of(u_peak);
-        const float by_t = exp2(u_drop * row.k);
-        constexpr Moment kMoment = Functor::kMoment;
-        const float of_shift = moment_of<kMoment>(state.s, state.t, z_drop, u_drop);
-        if constexpr (Functor::kEntropy) state.entropy = mul0(by_t, state.entropy + mul0(state.t, u_drop));
-        state.moment = mul0(kMoment == Moment::kStudentRatio ? by_s : by_t, state.moment + of_shift);
-        state.s *= by_s;
-        state.t *= by_t;
-        state.u_peak = u_peak;
-    }
-}
-
-// Stage 1 of a vector. kLabel: it may hold the label's column.
-template <bool kSoft, bool kPower, class Functor, bool kLabel, class T>
-FASTKD_D void accumulate(RowState& state, int first, const Vec<T>& z, const Vec<T>& u, int n, const RowNumbers& row) {
-    constexpr int kColumns = Vec<T>::kColumns;
-    float z_peak = state.z_peak, u_peak = state.u_peak;
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-        z_peak = max(z[j], z_peak);
-        if (kSoft) u_peak = max(u[j], u_peak);
-    }
-    rescale<kSoft, kPower, Functor>(state, z_peak, u_peak, row);
-    const float z_shift = shift_of(z_peak), u_shift = shift_of(u_peak);
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-        const float x = z[j] - z_shift, y = u[j] - u_shift;
-        float s = 0.0f;
-        if constexpr (kSoft) {
-            s = exp2(x * row.k);
-            const float t = exp2(y * row.k);
-            state.s += s;
-            state.t += t;
-            state.moment += moment_of<Functor::kMoment>(s, t, x, y);
-            if constexpr (Functor::kEntropy) state.entropy += mul0(t, y);
-        }
-        if (!kLabel || first + j != row.label) state.others += row.hard_exp<kPower>(s, x);
-        if (!kPower && row.smooth) state.sum_z += first + j >= 0 && first + j < n ? z[j] - row.anchor : 0.0f;
-    }
-}
-
-// Merges the states of a warp's lanes; every lane gets the result.
-template <bool kSoft, bool kPower, class Functor>
-FASTKD_D void merge_lanes(RowState& state, const RowNumbers& row) {
-    rescale<kSoft, kPower, Functor>(state, warp_max(state.z_peak), kSoft ? warp_max(state.u_peak) : 0.0f, row);
-    state.others = warp_sum(state.others);
-    state.sum_z = warp_sum(state.sum_z);
-    if constexpr (kSoft) {
-        state.s = warp_sum(state.s);
-        state.t = warp_sum(state.t);
-        if constexpr (Functor::kMoment != Moment::kNone) state.moment = warp_sum(state.moment);
-        if constexpr (Functor::kEntropy) state.entropy = warp_sum(state.entropy);
-    }
-}
-
-// The state of the whole row, by way of every block's slots.
-template <bool kSoft, bool kPower, class Functor>
-FASTKD_D RowState merge_cluster(RowState state, Slots<8>& slots, const RowNumbers& row) {
-    merge_lanes<kSoft, kPower, Functor>(state, row);
-    cluster_wait();  // of the kernel's start
-    slots.publish({state.z_peak, state.u_peak, state.others, state.s, state.t, state.moment, state.sum_z, state.entropy});
-    cluster_arrive();
-    cluster_wait();
-    RowState all;
-    for (int slot = thread_rank() % kWarp; slot < Slots<8>::count(); slot += kWarp) {
-        const auto& value = slots.values;
-        RowState other = {value[0][slot], value[1][slot], value[2][slot], value[3][slot],
-                          value[4][slot], value[5][slot], value[7][slot], value[6][slot]};
-        const float z_peak = max(other.z_peak, all.z_peak), u_peak = max(other.u_peak, all.u_peak);
-        rescale<kSoft, kPower, Functor>(all, z_peak, u_peak, row);
-        rescale<kSoft, kPower, Functor>(other, z_peak, u_peak, row);
-        all.others += other.others;
-        all.s += other.s;
-        all.t += other.t;
-        all.moment += other.moment;
-        all.entropy += other.entropy;
-        all.sum_z += other.sum_z;
-    }
-    merge_lanes<kSoft, kPower, Functor>(all, row);
-    return all;
-}
-
-// The normalisers, from the state of the row; returns the hard loss.
-template <bool kSoft>
-FASTKD_D float normalise(RowNumbers& row, const RowState& state, float z_y, float smoothing, int n) {
-    row.z_shift = shift_of(state.z_peak);
-    if constexpr (kSoft) {
-        row.u_shift = shift_of(state.u_peak);
-        row.lse_s = log2f(state.s);
-        row.set_ratio(log2f(state.t / state.s) * kLn2);
-    }
-    if (!row.hard) return 0.0f;
-    const float log_others = log2f(state.others) * kLn2;
-    const float t = (row.z_shift - z_y) + log_others;
-    const LabelTerm term = label_term(t);
-    row.rest = term.rest;
-    // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
-    const float log_sum = t > 0.0f ? log_others + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
-                                   : (z_y - row.z_shift) + term.loss;
-    row.lse_h = log_sum * kLog2E;
-    return term.loss - (row.smooth ? smoothing * (state.sum_z / static_cast<float>(n)) : 0.0f);
-}
-
-// A walk that sums terms takes more registers.
-template <class Functor, bool kSoft>
-constexpr int kBlocks = kSoft && !Functor::kMeanIsValue ? 2 : 3;
+// Of an SM. Conversions of any dtype in the walks themselves take more registers.
+template <class T, bool kResident>
+constexpr int kBlocks = sizeof(T) == 4 && !kResident ? 2 : 3;
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<Functor, kSoft>))
-kd_rows_kernel(const KDRowsParams p, const Functor functor) {
-    FASTKD_SHARED(Slots<8>, state_slots);
-    FASTKD_SHARED(Slots<4>, far_slots);
-    FASTKD_SHARED(Slots<4>, near_slots);
-    FASTKD_SHARED(Slots<4>, centred_slots);
-    constexpr Moment kMoment = Functor::kMoment;
-    constexpr int kColumns = Vec<T>::kColumns;
+FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<T, kResident>))
+kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
+    FASTKD_SHARED(Exchange, exchange);
+    FASTKD_SHARED(RowNumbers, numbers);
+    using Kernel = KDRow<T, Functor, kSoft, kResident>;
+    Kernel kernel(p, functor, grid);
 
-    const int64_t index = block_rank() / cluster_size();
-    const int n = static_cast<int>(p.n);
-    const float hard_scale = p.labels ? p.hard_scale[index] : 0.0f;
-    const float soft_scale = kSoft ? p.soft_scale[index] : 0.0f;
-    const bool first_thread = cluster_rank() == 0 && thread_rank() == 0;
-    const int rank = cluster_rank() * block_threads() + thread_rank();
-    const int threads = cluster_size() * block_threads();
-    T* dz_data = p.dz.data ? reinterpret_cast<T*>(p.dz.row(index, p.inner_rows)) : nullptr;
+    if (thread_rank() == 0) exchange.init();
+    cluster_arrive();
+    // A row that is not kept has a block of its own.
+    const int step = kResident ? grid_blocks() / cluster_size() : kernel.rows();
+    Task task = kernel.next_that_counts(kernel.fetch(block_rank() / cluster_size()), step);
+    Place place = kernel.place(task.row);
+    auto reader = kernel.open(place);
+    if (task.row < kernel.rows()) reader.start();
+    cluster_wait();
 
-    if (hard_scale == 0.0f && soft_scale == 0.0f) {  // the same in every block of the cluster
-        if (first_thread && !p.from_stats) p.hard[index] = p.soft[index] = 0.0f;
-        if (dz_data) store_zeros(dz_data, 0, p.columns, rank, threads);
-        return;
-    }
-    cluster_start();
-
-    const T* z_data = reinterpret_cast<const T*>(p.z.row(index, p.inner_rows));
-    const T* u_data = kSoft ? reinterpret_cast<const T*>(p.u.row(index, p.inner_rows)) : nullptr;
-    const RowReader<T, kSoft, kResident> reader(z_data, u_data, n, dynamic_shared());
-    reader.start();
-
-    RowNumbers row = {};
-    row.inv_t = 1.0f / p.temperature;
-    row.k = row.inv_t * kLog2E;
-    row.hard = p.labels != nullptr;
-    row.smooth = row.hard && p.smoothing > 0.0f;
-    row.square = p.temperature == 2.0f ? 1.0f : 0.0f;
-    row.linear = 1.0f - row.square;
-    row.is_power = !row.hard || (!row.smooth && (p.temperature == 1.0f || p.temperature == 2.0f));
-    const int64_t label = row.hard ? p.labels[index] : -1;
-    const bool valid = label >= 0 && label < p.n;
-    row.label = valid ? static_cast<int>(label) : -1;
-    const int label_index = reader.index_of(valid ? row.label : n + kColumns);
-    const int label_first = reader.column(label_index);
-    const bool walks_label = reader.walks(label_index);
-    // Before anyone writes over it. From statistics only the thread that writes the label's gradient reads it.
-    const float z_y = valid && (walks_label || !p.from_stats) ? to_float(z_data[label]) : kNaN;
-    row.anchor = shift_of(z_y);
-    float* stats = p.stats + index * kNumStats;
-
-    // term and g of a column.
-    const auto evaluate = [&](auto near, float z, float u, float& p_s, float* excess) {
-        const float p_t = exp2((u - row.u_shift) * row.k - row.lse_t);
-        p_s = exp2((z - row.z_shift) * row.k - row.lse_s);
-        const float d = log_ratio(z, u, row.offset, row.inv_t, row.shift);
-        if (excess) *excess = Excess(d, p_t, p_s).mass;
-        return functor.template column<decltype(near)::value>(d, p_t, p_s);
+    // What the first warp works out, all of its lanes alike, becomes everyone's. It may read the numbers before: the other
+    // warps did, before a reduction.
+    const auto publish = [&](const Task& task, auto&& work) {
+        if (in_first_warp()) {
+            RowNumbers row = work();
+            kernel.fold(row, task);
+            warp_barrier();  // work() may have read them
+            if (thread_rank() == 0) numbers = row;
+        }
+        block_barrier();
     };
-    const auto g_of = [&](float z, float u, float& p_s) {
-        const float g = row.near ? evaluate(std::true_type(), z, u, p_s, nullptr).g
-                                 : evaluate(std::false_type(), z, u, p_s, nullptr).g;
-        return g - row.other_side * p_s;
-    };
-
-    if (p.from_stats) {
-        row.z_shift = stats[kPeakStudent];
-        row.u_shift = stats[kPeakTeacher];
-        row.lse_h = stats[kLogHard] * kLog2E;
-        row.lse_s = stats[kLogStudent] * kLog2E;
-        row.set_ratio(stats[kLogRatio]);
-        row.near = !Functor::kTwoSided && stats[kGradForm] != 0.0f;
-        row.other_side = Functor::kTwoSided ? stats[kGradForm] : 0.0f;
-        row.rest = stats[kLabelRest];
-        row.grad_sum = stats[kGradSum];
-        cluster_wait();
-    } else {
-        copy_async_wait();
-        const auto stage1 = [&](auto power) {
-            constexpr bool kPower = decltype(power)::value;
-            RowState state;
-            reader.template for_each<false>([&](int first, const Vec<T>& z, const Vec<T>& u) {
-                if (first != label_first) accumulate<kSoft, kPower, Functor, false>(state, first, z, u, n, row);
-            });
-            if (walks_label) {
-                reader.at(label_index, [&](int first, const Vec<T>& z, const Vec<T>& u) {
-                    accumulate<kSoft, kPower, Functor, true>(state, first, z, u, n, row);
-                });
+    for (int turn = 0; task.row < kernel.rows();) {
+        Task next = {kernel.rows(), 0.0f, 0.0f, -1};
+        if constexpr (kResident) next = kernel.fetch(task.row + step);
+        if (!kResident && p.from_stats) {
+            block_barrier();
+            publish(task, [&] { return kernel.from_stats(p.stats + static_cast<int64_t>(task.row) * kNumStats); });
+        } else {
+            copy_async_wait();
+            const RowState state = kernel.stage1(reader, task, exchange, turn++);
+            publish(task, [&] { return kernel.normalise(state, task); });
+            if constexpr (Kernel::kSummed) {
+                const SumState sums = kernel.stage2(reader, numbers, exchange, turn++);
+                publish(task, [&] { return kernel.with_sums(numbers, sums); });
             }
-            return merge_cluster<kSoft, kPower, Functor>(state, state_slots, row);
-        };
-        const RowState state = kSoft && row.is_power ? stage1(std::bool_constant<kSoft>()) : stage1(std::false_type());
-        const float hard = normalise<kSoft>(row, state, z_y, p.smoothing, n);
-
-        Value<float> soft = {0.0f, false, false};
-        row.grad_sum = -functor.weight();
-        if constexpr (kMoment != Moment::kNone) {
-            const float mean = state.moment / (kMoment == Moment::kStudentRatio ? state.s : state.t) * row.inv_t;
-            soft = value_from_mean(functor, mean, row.log_ratio_of_sums);
-            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = soft.value;
+            while (kSoft && numbers.again != Again::kNo) {
+                const SumState sums = kernel.stage2_by_functor(reader, numbers, exchange, turn++);
+                publish(task, [&] { return kernel.with_functor_sums(numbers, sums); });
+            }
+            if (kernel.is_first()) kernel.write(numbers, task.row);
         }
-        float excess = 0.0f;
-        const auto stage2 = [&](auto near, Slots<4>& slots) {
-            float term = 0.0f, g = 0.0f, other_g = 0.0f, mass = 0.0f;
-            reader.template for_each<true>([&](int, const Vec<T>& z, const Vec<T>& u) {
-#pragma unroll
-                for (int j = 0; j < kColumns; ++j) {
-                    float p_s, of_column = 0.0f;
-                    const TermGrad column = evaluate(near, z[j], u[j], p_s, decltype(near)::value ? &of_column : nullptr);
-                    term += column.term;
-                    g += column.g;
-                    if (Functor::kTwoSided) other_g += column.g - p_s;
-                    mass += of_column;
-                }
-            });
-            slots.publish({warp_sum(term), warp_sum(g), warp_sum(other_g), warp_sum(mass)});
-            cluster_arrive();
-            cluster_wait();
-            soft.value = slots.sum(0);
-            if (decltype(near)::value || Functor::kGradSum != GradSum::kConstant) row.grad_sum = slots.sum(1);
-            if (Functor::kTwoSided) {
-                row.other_side = row.grad_sum > -slots.sum(2) ? 1.0f : 0.0f;
-                if (row.other_side != 0.0f) row.grad_sum = slots.sum(2);
-            }
-            excess = slots.sum(3);
-        };
-        // Every block of the cluster takes the same way.
-        if constexpr (kSoft) {
-            row.near = soft.is_small;
-            if (!soft.has_digits && !soft.is_small) {
-                stage2(std::false_type(), far_slots);
-                row.near = soft.value < functor.near_below();
-            }
-            if (row.near) {
-                stage2(std::true_type(), near_slots);
-                if (Functor::kTwoSided || excess * excess > 2e-6f * soft.value) {
-                    row.set_ratio(row.log_ratio_of_sums + excess);
-                    stage2(std::true_type(), centred_slots);
-                }
-            }
-            if (Functor::kEntropy)
-                soft.value += (row.lse_s * kLn2 + row.log_ratio_of_sums) - state.entropy / state.t * row.inv_t;
+        if constexpr (kResident) next = kernel.next_that_counts(next, step);
+        const Place next_place = kernel.place(next.row);
+        const auto next_reader = kernel.open(next_place);
+        const bool has_next = next.row < kernel.rows();
+        bool refilled = false;
+        if (grid.writes) {
+            refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
+            kernel.clear(place, p.n);
         }
-        if (first_thread) {
-            p.hard[index] = hard;
-            p.soft[index] = soft.value < 0.0f ? 0.0f : soft.value;
-            stats[kPeakStudent] = row.z_shift;
-            stats[kPeakTeacher] = row.u_shift;
-            stats[kLogHard] = row.lse_h * kLn2;
-            stats[kLogStudent] = row.lse_s * kLn2;
-            stats[kLogRatio] = row.log_ratio_of_sums;
-            stats[kGradSum] = row.grad_sum;
-            stats[kLabelRest] = row.rest;
-            stats[kGradForm] = Functor::kTwoSided ? row.other_side : row.near ? 1.0f : 0.0f;
-        }
+        if (has_next && !refilled) next_reader.start();
+        task = next, place = next_place;
+        reader = next_reader;
     }
-    if (!dz_data) return;
-
-    // Stage 3, the label's column apart.
-    const Row<T> dz_row(dz_data, n, reader.head);
-    const float soft_factor = soft_scale * row.inv_t;
-    const float smooth = row.smooth ? p.smoothing / static_cast<float>(n) : 0.0f;
-    const float power_scale = hard_scale * exp2((1.0f + row.square) * row.lse_s - row.lse_h);
-    const float square = power_scale * row.square, linear = power_scale * row.linear;
-    const auto stage3 = [&](auto power) {
-        reader.template for_each<true>([&](int first, const Vec<T>& z, const Vec<T>& u) {
-            float dz[kColumns];
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-                float soft = 0.0f, p_s = 0.0f;
-                if (kSoft) {
-                    const float g = g_of(z[j], u[j], p_s);
-                    soft = soft_factor * soft_gradient<Functor>(g, p_s, row.grad_sum);
-                }
-                if constexpr (decltype(power)::value) {
-                    dz[j] = soft + p_s * (square * p_s + linear);
-                } else {
-                    dz[j] = soft + hard_scale * (exp2((z[j] - row.z_shift) * kLog2E - row.lse_h) - smooth);
-                }
-            }
-            store(dz_row, first, dz);
-        });
-    };
-    kSoft && row.is_power ? stage3(std::bool_constant<kSoft>()) : stage3(std::false_type());
-    if (walks_label) {
-        float soft = 0.0f;
-        if (kSoft) {
-            float p_s;
-            const float g = g_of(z_y, to_float(u_data[label]), p_s);
-            soft = soft_factor * soft_gradient<Functor>(g, p_s, row.grad_sum);
-        }
-        const float hard = hard_scale * ((row.smooth ? p.smoothing - smooth : 0.0f) - row.rest);
-        from_float(soft + hard, dz_data[label]);
-    }
-    store_zeros(dz_data, p.n, p.columns, rank, threads);
 }
 
 }  // namespace fastkd

@@ -7,20 +7,23 @@
 #include <tuple>
 
 #include "grid.cuh"
+#include "reader.cuh"
 
 namespace fastkd {
 
 namespace {
 
 // Static shared memory of the largest kernel; a test compares.
-constexpr int kStaticBytes = 6 << 10;
+constexpr int kStaticBytes = 3 << 10;
 
-cudaError_t read_limits(int device, Limits& limits) {
+// Reads the limits, and the number of SMs.
+cudaError_t read_limits(int device, Limits& limits, int& sms) {
     const std::pair<cudaDeviceAttr, int*> wanted[] = {
         {cudaDevAttrComputeCapabilityMajor, &limits.major},
         {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits.block_shared},
         {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits.sm_shared},
         {cudaDevAttrReservedSharedMemoryPerBlock, &limits.reserved_shared},
+        {cudaDevAttrMultiProcessorCount, &sms},
     };
     for (const auto& [attribute, value] : wanted) {
         const cudaError_t status = cudaDeviceGetAttribute(value, attribute, device);
@@ -34,10 +37,10 @@ struct Config {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute cluster;
 
-    Config(const Plan& plan, int64_t rows, cudaStream_t stream) {
+    Config(const Plan& plan, int64_t clusters, cudaStream_t stream) {
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-        config.gridDim = dim3(static_cast<unsigned>(rows * plan.cluster));
+        config.gridDim = dim3(static_cast<unsigned>(clusters * plan.cluster));
         config.blockDim = dim3(plan.threads);
         config.dynamicSmemBytes = plan.shared;
         config.stream = stream;
@@ -47,82 +50,126 @@ struct Config {
     Config(const Config&) = delete;
 };
 
-constexpr Plan kStreaming = {false, 1, kMaxThreads, 0};
-
-// Opts a kernel in to its shared memory and cluster, and says whether the device can hold one such cluster: its SMs, or
-// the part of them that this process was given, may be too few.
-cudaError_t prepare(const void* kernel, const Plan& plan, const Limits& limits, bool& fits) {
-    fits = true;
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              limits.block_shared - kStaticBytes);
-    if (status == cudaSuccess && plan.cluster > 8)
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (status != cudaSuccess || plan.cluster == 1) return status;
-    int clusters = 0;
-    const Config one(plan, 1, nullptr);
-    status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &one.config);
-    fits = clusters > 0;
-    return status;
+// How many clusters of a resident plan the device, or the part of it that this process was given, holds at once. Not
+// every device has clusters of each size, and what it says to one that it has not is no error: 0, it does not fit.
+int64_t clusters_held(const void* kernel, const Plan& plan, int sms) {
+    int held = 0;
+    bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(plan.shared)) == cudaSuccess;
+    if (fits && plan.cluster > 8)
+        fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+    if (fits && plan.cluster > 1) {
+        const Config one(plan, 1, nullptr);
+        fits = cudaOccupancyMaxActiveClusters(&held, kernel, &one.config) == cudaSuccess;
+    } else if (fits) {
+        fits = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&held, kernel, plan.threads, plan.shared) == cudaSuccess;
+        held *= sms;
+    }
+    if (!fits) cudaGetLastError();  // else the next call would report it
+    return fits ? held : 0;
 }
 
-// The plan of a kernel on a device, the current one, and the kernel prepared for it, once.
-cudaError_t prepared_plan(int device, const void* resident, int64_t vectors, int tensors, Plan& chosen) {
+cudaError_t load(const void* kernel) {
+    cudaFuncAttributes attributes;
+    return kernel ? cudaFuncGetAttributes(&attributes, kernel) : cudaSuccess;
+}
+
+bool is_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    const cudaError_t status = cudaStreamIsCapturing(stream, &capture);
+    if (status != cudaSuccess) cudaGetLastError();  // the legacy stream, while another one is captured
+    return status != cudaSuccess || capture != cudaStreamCaptureStatusNone;
+}
+
+// What is known of a call's kernels on a device after its first.
+struct Ready {
+    Plan plan;
+    int64_t held;  // clusters
+};
+
+// Loads the kernels of a call and chooses the plan, once. Nothing is kept of a failure, nor chosen in a capture, where a
+// kernel cannot be loaded.
+std::string make_ready(const Kernels& kernels, const Sizes& sizes, const Queue& queue, Ready& ready) {
     static std::mutex mutex;
-    static std::map<std::tuple<int, const void*, int64_t>, Plan> known;
+    static std::map<std::tuple<int, const void*, int64_t>, Ready> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const std::tuple key{device, resident, vectors};
+    const std::tuple key{queue.device, kernels.streaming, sizes.vectors};
     if (const auto found = known.find(key); found != known.end()) {
-        chosen = found->second;
-        return cudaSuccess;
+        ready = found->second;
+        return {};
     }
+    if (is_capturing(queue.stream))
+        return "a CUDA graph cannot capture the first call of its kind: make one like it before, on this device";
     Limits limits;
-    cudaError_t status = read_limits(device, limits);
-    if (status != cudaSuccess) return status;
-    chosen = plan(limits, vectors, tensors);
-    if (chosen.resident) {
-        bool fits;
-        status = prepare(resident, chosen, limits, fits);
-        if (!fits) chosen = kStreaming;
+    int sms = 0;
+    cudaError_t status = read_limits(queue.device, limits, sms);
+    for (const void* kernel : {kernels.resident, kernels.streaming, kernels.companion}) {
+        if (status == cudaSuccess) status = load(kernel);
     }
-    if (status == cudaSuccess) known.emplace(key, chosen);
-    return status;
+    if (status != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
+    for (const Plan& plan : plans(limits, sizes.vectors, sizes.tensors)) {
+        if (plan.resident && !kernels.resident) continue;
+        ready = {plan, plan.resident ? clusters_held(kernels.resident, plan, sms) : INT_MAX};
+        if (ready.held > 0) break;
+    }
+    known.emplace(key, ready);
+    return {};
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Plan plan_of(int64_t vectors, int tensors, int cluster) {
+    const int64_t share = divide_up(vectors, cluster);
+    int threads = kWarp;
+    while (threads < kMaxThreads && threads < share) threads *= 2;
+    return {true, cluster, threads, share, kept_bytes(share, tensors)};
 }
 
 }  // namespace
 
-// Blocks of a size that leaves room for two on an SM, so that one's loads overlap the other's arithmetic; a cluster of
-// 16, the largest there is, may take all of it.
-Plan plan(const Limits& limits, int64_t vectors, int tensors) {
-    const int64_t most = limits.block_shared - kStaticBytes;
-    const int64_t half = std::min<int64_t>(most, limits.sm_shared / 2 - limits.reserved_shared - kStaticBytes);
-    for (int cluster = 1; cluster <= (limits.major >= 9 ? kMaxCluster : 1); cluster *= 2) {
-        const int64_t share = (vectors + cluster - 1) / cluster;
-        const int64_t shared = share * 16 * tensors;
-        if (shared <= (cluster == kMaxCluster ? most : half)) {
-            const int64_t threads = (share + kWarp - 1) / kWarp * kWarp;
-            return {true, cluster, static_cast<int>(std::min<int64_t>(threads, kMaxThreads)), shared};
+// Three blocks share an SM, or two, so that one's loads and barriers hide behind the others' arithmetic: the smallest
+// portable cluster that allows it, else one of 16 blocks, which not every device has; then blocks that take all of an SM.
+std::vector<Plan> plans(const Limits& limits, int64_t vectors, int tensors) {
+    std::vector<Plan> all;
+    const int largest = limits.major >= 9 ? kMaxCluster : 1, portable = std::min(largest, 8);
+    const auto add = [&](int blocks, int first, int last) {
+        const int64_t most = std::min<int64_t>(limits.block_shared, limits.sm_shared / blocks - limits.reserved_shared);
+        for (int cluster = first; cluster <= last; cluster *= 2) {
+            const Plan plan = plan_of(vectors, tensors, cluster);
+            if (plan.shared + kStaticBytes <= most) return all.push_back(plan);
         }
-    }
-    return kStreaming;
+    };
+    add(3, 1, portable);
+    add(2, 1, portable);
+    add(3, 16, largest);
+    add(2, 16, largest);
+    for (int cluster = 1; cluster <= largest; cluster *= 2) add(1, cluster, cluster);
+    all.push_back({false, 1, kMaxThreads, vectors, 0});
+    return all;
 }
 
-std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
-                   void** arguments, const Queue& queue) {
-    Plan grid = kStreaming;
+std::string launch(const char* name, const Kernels& kernels, const Sizes& sizes, void** arguments, int& share,
+                   const Queue& queue) {
+    const Plan streaming = {false, 1, kMaxThreads, sizes.vectors, 0};
+    Ready ready = {streaming, INT_MAX};
+    std::string error;
     cudaError_t status = cudaSetDevice(queue.device);
-    const bool fits = rows <= INT_MAX / kMaxCluster && columns <= INT_MAX / 2;
-    if (status == cudaSuccess && !fits) status = cudaErrorInvalidConfiguration;
-    if (status == cudaSuccess && kernels.resident)
-        status = prepared_plan(queue.device, kernels.resident, vectors, tensors, grid);
-    if (status == cudaSuccess) {
-        const void* kernel = grid.resident ? kernels.resident : kernels.streaming;
-        const Config all(grid, rows, queue.stream);
-        status = cudaLaunchKernelExC(&all.config, kernel, arguments);
+    if (sizes.rows > INT_MAX / kMaxCluster || sizes.columns > INT_MAX / 2) status = cudaErrorInvalidConfiguration;
+    if (status == cudaSuccess) error = make_ready(kernels, sizes, queue, ready);
+    if (!kernels.keeps) ready = {streaming, INT_MAX};
+    const Plan& plan = ready.plan;
+    if (status == cudaSuccess && error.empty()) {
+        share = static_cast<int>(plan.share);
+        const bool walks = kernels.walks && plan.resident;
+        const Config all(plan, walks ? std::min(sizes.rows, ready.held) : sizes.rows, queue.stream);
+        status = cudaLaunchKernelExC(&all.config, plan.resident ? kernels.resident : kernels.streaming, arguments);
     }
-    if (status == cudaSuccess) return {};
-    return std::string(name) + " on " + std::to_string(rows) + " x " + std::to_string(columns) + " (cluster of " +
-           std::to_string(grid.cluster) + ", " + std::to_string(grid.threads) + " threads, " +
-           std::to_string(grid.shared) + " bytes of shared memory): " + cudaGetErrorString(status);
+    if (status != cudaSuccess) error = cudaGetErrorString(status);
+    if (error.empty()) return {};
+    cudaGetLastError();
+    return std::string(name) + " on " + std::to_string(sizes.rows) + " x " + std::to_string(sizes.columns) +
+           " (cluster of " + std::to_string(plan.cluster) + ", " + std::to_string(plan.threads) + " threads, " +
+           std::to_string(plan.shared) + " bytes of shared memory): " + error;
 }
 
 }  // namespace fastkd

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <string>
+#include <vector>
 
 #include "../params.h"
 
@@ -24,30 +25,44 @@ struct Limits {
 struct Plan {
     bool resident;
     int cluster, threads;
+    int64_t share;   // vectors of a block
     int64_t shared;  // bytes, dynamic
 };
 
-// The grid for rows of ``vectors`` 16-byte vectors in ``tensors`` tensors: the only such table.
-Plan plan(const Limits& limits, int64_t vectors, int tensors);
+// The grids for rows of ``vectors`` 16-byte vectors in ``tensors`` tensors, the best first: the only such table. The
+// last one streams, which every device can.
+std::vector<Plan> plans(const Limits& limits, int64_t vectors, int tensors);
 
-// The two instantiations of a kernel. A null ``resident`` is one that nothing is kept for.
+// The kernels of a call and of those that belong to it. All are loaded at the first, so that a later one can be captured.
 struct Kernels {
-    const void *resident, *streaming;
+    const void *resident, *streaming;     // the two instantiations; resident: null if there is none
+    bool keeps = true;                    // rows are kept, where the device can
+    bool walks = false;                   // a cluster walks over rows until there are none; else it takes one
+    const void* companion = nullptr;      // what a backward of this call launches besides
 };
 
-// Launches the kernel on ``rows`` rows: the resident one if the device can hold the clusters of its plan. ``name`` and
-// the sizes go into the error's text.
-std::string launch(const char* name, Kernels kernels, int64_t vectors, int tensors, int64_t rows, int64_t columns,
-                   void** arguments, const Queue& queue);
+struct Sizes {
+    int64_t vectors;  // of a row that may be kept
+    int tensors;      // that are kept
+    int64_t rows, columns;
+};
+
+// Launches the resident kernel with the best grid of which the device can hold a cluster, or the streaming one.
+// ``arguments`` may point to ``share``, which is set. ``name`` and the sizes go into the error's text.
+std::string launch(const char* name, const Kernels& kernels, const Sizes& sizes, void** arguments, int& share,
+                   const Queue& queue);
 
 // Whether a device can run what was compiled.
 std::string supports_device(int device);
 
-// One translation unit a dtype instantiates the row kernels.
+// One translation unit a dtype instantiates the row kernels; that of float serves tensors of any and different ones.
 template <class T>
 std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue);
 
 std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queue);
 std::string launch_scale(const ScaleParams& params, const float* scalar, const Queue& queue);
+
+// The kernel that scales a gradient of a dtype; null if there is none.
+const void* scale_kernel_of(DType dtype);
 
 }  // namespace fastkd

@@ -23,11 +23,12 @@ std::string with_type(DType dtype, Visit&& visit) {
 
 std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queue) {
     LogSoftmaxParams p = params;
-    void* arguments[] = {&p};
     const bool backward = p.dy.data != nullptr;
-    const auto run = [&](const char* name, auto resident, auto streaming, int columns) {
+    int share;
+    void* arguments[] = {&p, &share};
+    const auto run = [&](const char* name, auto resident, auto streaming, int64_t vectors) {
         const Kernels kernels = {reinterpret_cast<const void*>(resident), reinterpret_cast<const void*>(streaming)};
-        return launch(name, kernels, p.columns / columns + 2, 1, p.rows, p.columns, arguments, queue);
+        return launch(name, kernels, {vectors, 1, p.rows, p.columns}, arguments, share, queue);
     };
     return with_type(p.x.dtype, [&](auto x) {
         return with_type(backward ? p.dy.dtype : p.out.dtype, [&](auto other) {
@@ -35,20 +36,29 @@ std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queu
             using Out = decltype(other);
             if (backward)
                 return run("log_softmax_backward", log_softmax_backward_kernel<T, Out, true>,
-                           log_softmax_backward_kernel<T, Out, false>, Vec<Out>::kColumns);
+                           log_softmax_backward_kernel<T, Out, false>, max_vectors<Out>(p.columns));
             return run("log_softmax", log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>,
-                       Vec<T>::kColumns);
+                       max_vectors<T>(p.columns));
         });
     });
 }
 
+const void* scale_kernel_of(DType dtype) {
+    switch (dtype) {
+        case DType::kFloat32: return reinterpret_cast<const void*>(scale_kernel<float>);
+        case DType::kBFloat16: return reinterpret_cast<const void*>(scale_kernel<bfloat16>);
+        case DType::kFloat16: return reinterpret_cast<const void*>(scale_kernel<float16>);
+        case DType::kFloat64: break;
+    }
+    return nullptr;
+}
+
 std::string launch_scale(const ScaleParams& params, const float* scalar, const Queue& queue) {
     ScaleParams p = params;
+    int share;
     void* arguments[] = {&p, &scalar};
-    return with_type(p.x.dtype, [&](auto x) {
-        const Kernels kernels = {nullptr, reinterpret_cast<const void*>(scale_kernel<decltype(x)>)};
-        return launch("scale", kernels, 0, 1, p.rows, p.columns, arguments, queue);
-    });
+    const Kernels kernels = {nullptr, scale_kernel_of(p.x.dtype)};
+    return launch("scale", kernels, {0, 1, p.rows, p.columns}, arguments, share, queue);
 }
 
 std::string supports_device(int device) {
@@ -56,7 +66,9 @@ std::string supports_device(int device) {
     cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess)
         status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(scale_kernel<float>));
-    return status == cudaSuccess ? "" : cudaGetErrorString(status);
+    if (status == cudaSuccess) return {};
+    cudaGetLastError();
+    return cudaGetErrorString(status);
 }
 
 }  // namespace fastkd

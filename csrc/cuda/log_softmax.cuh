@@ -5,57 +5,76 @@
 //         the same; lse [N, 2] fp32
 // Bytes   e bytes an element of one dtype. Resident, x and dy are read once: 2e forward, 3e backward, the floor.
 //         Otherwise what is summed is read again: 3e and 4e.
-// Grid    as in kd_rows.cuh
+// Grid    N·C blocks of up to 256 threads in clusters of C; slices and merges as in kd_rows.cuh
 #pragma once
 
 #include <cmath>
 
 #include "../lse.h"
-#include "../params.h"
 #include "reader.cuh"
 #include "reduce.cuh"
 
 namespace fastkd {
 
+struct PeakSum {
+    float peak = -kInfinity, sum = 0.0f;
+
+    FASTKD_D void move_to(float to, float k) {
+        sum *= rescale(peak, to, k);
+        peak = to;
+    }
+};
+
+// What a reduction gives its first warp, for all.
+template <class State, class Merge>
+FASTKD_D State reduce_for_all(Exchange& exchange, State state, Merge&& merge) {
+    state = exchange.reduce(merge(state), 0, merge);
+    if (thread_rank() == 0) memcpy(&exchange.warps[0], &state, sizeof(State));
+    block_barrier();
+    memcpy(static_cast<void*>(&state), &exchange.warps[0], sizeof(State));
+    return state;
+}
+
 template <class T, class Out, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p) {
-    FASTKD_SHARED(Slots<2>, slots);
-    cluster_start();
-    const int64_t index = block_rank() / cluster_size();
-    const int n = static_cast<int>(p.columns);
-    const T* x_row = reinterpret_cast<const T*>(p.x.row(index, p.inner_rows));
-    const RowReader<T, false, kResident> reader(x_row, nullptr, n, dynamic_shared());
+FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p, int share) {
+    FASTKD_SHARED(Exchange, exchange);
+    constexpr int kColumns = Vec<T>::kColumns;
+    if (thread_rank() == 0) exchange.init();
+    cluster_arrive();
+    const int index = block_rank() / cluster_size(), n = static_cast<int>(p.columns);
+    Out* out_data = reinterpret_cast<Out*>(p.out.row(index, p.inner_rows));
+    const int head = head_of<kColumns>(out_data);
+    const Row<Out, kColumns> out_row(out_data, n, head);
+    const Source<T> x_row(p.x.row(index, p.inner_rows), type_of<T>(), n, head);
+    const RowReader<T, false, kResident> reader(x_row, x_row, share, dynamic_shared());
     reader.start();
     const float inv_t = 1.0f / p.temperature, k = inv_t * kLog2E;
-
+    cluster_wait();
     copy_async_wait();
-    float peak = -kInfinity, sum = 0.0f;
-    reader.template for_each<false>([&](int, const Vec<T>& x, const Vec<T>&) {
-        const float old = peak;
-#pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) peak = max(x[j], peak);
-        const float shift = shift_of(peak);
-        sum *= rescale(old, peak, k);
-#pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) sum += exp2((x[j] - shift) * k);
-    });
-    const float warp_peak = warp_max(peak);
-    sum = warp_sum(sum * rescale(peak, warp_peak, k));
-    cluster_wait();
-    slots.publish({warp_peak, sum});
-    cluster_arrive();
-    cluster_wait();
-    peak = slots.max(0);
-    const float shift = shift_of(peak);
-    sum = slots.sum_of([&](int slot) { return slots.values[1][slot] * rescale(slots.values[0][slot], peak, k); });
-    const float log_sum = log2f(sum) * kLn2;
 
-    const Row<Out> out_row(reinterpret_cast<Out*>(p.out.row(index, p.inner_rows)), n, reader.head);
-    reader.template for_each<true>([&](int first, const Vec<T>& x, const Vec<T>&) {
-        float out[Vec<T>::kColumns];
+    PeakSum state;
+    reader.template for_each<false>([&](int slot) {
+        const Vec<T> x = reader.x_at(slot);
+        float peak = state.peak;
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) out[j] = (x[j] - shift) * inv_t - log_sum;
-        store(out_row, first, out);
+        for (int j = 0; j < kColumns; ++j) peak = max(x[j], peak);
+        state.move_to(peak, k);
+        const float shift = shift_of(peak);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) state.sum += exp2((x[j] - shift) * k);
+    });
+    state = reduce_for_all(exchange, state, [&](PeakSum lane) {
+        lane.move_to(warp_max(lane.peak), k);
+        return PeakSum{lane.peak, warp_sum(lane.sum)};
+    });
+    const float shift = shift_of(state.peak), log_sum = log2f(state.sum) * kLn2;
+
+    reader.template for_each<true>([&](int slot) {
+        const Vec<T> x = reader.x_at(slot);
+        float out[kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) out[j] = (x[j] - shift) * inv_t - log_sum;
+        store(out_row, reader.column(slot), out);
     });
     if (cluster_rank() == 0 && thread_rank() == 0) {
         p.lse[2 * index] = shift;
@@ -63,37 +82,46 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_kernel(const LogSoftmaxParams p)
     }
 }
 
+struct Sum {
+    float sum = 0.0f;
+};
+
 template <class T, class Out, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmaxParams p) {
-    FASTKD_SHARED(Slots<1>, slots);
-    cluster_start();
-    const int64_t index = block_rank() / cluster_size();
-    const int n = static_cast<int>(p.columns);
-    const Out* dy_row = reinterpret_cast<const Out*>(p.dy.row(index, p.inner_rows));
-    const RowReader<Out, false, kResident> reader(dy_row, nullptr, n, dynamic_shared());
+FASTKD_KERNEL void FASTKD_BOUNDS(3) log_softmax_backward_kernel(const LogSoftmaxParams p, int share) {
+    FASTKD_SHARED(Exchange, exchange);
+    constexpr int kColumns = Vec<Out>::kColumns;
+    if (thread_rank() == 0) exchange.init();
+    cluster_arrive();
+    const int index = block_rank() / cluster_size(), n = static_cast<int>(p.columns);
+    T* dx_data = reinterpret_cast<T*>(p.out.row(index, p.inner_rows));
+    const int head = head_of<kColumns>(dx_data);
+    const Row<T, kColumns> dx_row(dx_data, n, head);
+    const Row<const T, kColumns> x_row(reinterpret_cast<const T*>(p.x.row(index, p.inner_rows)), n, head);
+    const Source<Out> dy_row(p.dy.row(index, p.inner_rows), type_of<Out>(), n, head);
+    const RowReader<Out, false, kResident> reader(dy_row, dy_row, share, dynamic_shared());
     reader.start();
     const float inv_t = 1.0f / p.temperature, k = inv_t * kLog2E;
     const float shift = p.lse[2 * index], log2_sum = p.lse[2 * index + 1] * kLog2E;
-
+    cluster_wait();
     copy_async_wait();
-    float sum = 0.0f;
-    reader.template for_each<false>([&](int first, const Vec<Out>& dy, const Vec<Out>&) {
-#pragma unroll
-        for (int j = 0; j < Vec<Out>::kColumns; ++j) sum += first + j >= 0 && first + j < n ? dy[j] : 0.0f;
-    });
-    cluster_wait();
-    slots.publish({warp_sum(sum)});
-    cluster_arrive();
-    cluster_wait();
-    sum = slots.sum(0);
 
-    const Row<const T> x_row(reinterpret_cast<const T*>(p.x.row(index, p.inner_rows)), n, reader.head);
-    const Row<T> dx_row(reinterpret_cast<T*>(p.out.row(index, p.inner_rows)), n, reader.head);
-    reader.template for_each<true>([&](int first, const Vec<Out>& dy, const Vec<Out>&) {
-        float x[Vec<Out>::kColumns];
+    Sum state;
+    reader.template for_each<false>([&](int slot) {
+        const Vec<Out> dy = reader.x_at(slot);
+        const int first = reader.column(slot);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) state.sum += first + j >= 0 && first + j < n ? dy[j] : 0.0f;
+    });
+    state = reduce_for_all(exchange, state, [](const Sum& lane) { return Sum{warp_sum(lane.sum)}; });
+
+    reader.template for_each<true>([&](int slot) {
+        const Vec<Out> dy = reader.x_at(slot);
+        const int first = reader.column(slot);
+        float x[kColumns];
         load_floats(x_row, first, x);
 #pragma unroll
-        for (int j = 0; j < Vec<Out>::kColumns; ++j) x[j] = (dy[j] - exp2((x[j] - shift) * k - log2_sum) * sum) * inv_t;
+        for (int j = 0; j < kColumns; ++j)
+            x[j] = (dy[j] - exp2((x[j] - shift) * k - log2_sum) * state.sum) * inv_t;
         store(dx_row, first, x);
     });
 }

@@ -15,16 +15,18 @@ template <class T>
 FASTKD_KERNEL void FASTKD_BOUNDS(3) scale_kernel(const ScaleParams p, const float* scalar) {
     const float factor = *scalar;
     if (factor == 1.0f) return;
+    constexpr int kColumns = Vec<T>::kColumns;
     T* data = reinterpret_cast<T*>(p.x.row(block_rank(), p.inner_rows));
-    const int n = static_cast<int>(p.columns), head = head_of(data);
-    const Row<T> row(data, n, head);
-    const int step = block_threads() * Vec<T>::kColumns;
-    for (int first = thread_rank() * Vec<T>::kColumns - head; first < n; first += step) {
-        const Vec<T> vec = load(row, first);
-        float values[Vec<T>::kColumns];
+    const int n = static_cast<int>(p.columns), head = head_of<kColumns>(data);
+    const Row<const T, kColumns> from(data, n, head);
+    const Row<T, kColumns> to(data, n, head);
+    const int step = block_threads() * kColumns;
+    for (int first = thread_rank() * kColumns - head; first < n; first += step) {
+        float values[kColumns];
+        load_floats(from, first, values);
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kColumns; ++j) values[j] = vec[j] * factor;
-        store(row, first, values);
+        for (int j = 0; j < kColumns; ++j) values[j] *= factor;
+        store(to, first, values);
     }
 }
 

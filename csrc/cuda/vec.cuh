@@ -1,25 +1,31 @@
-// 16 bytes of a row at a time, c = 4 or 8 columns: vector loads and stores wherever the row allows them.
+// Rows by vectors: 16 bytes at a time, or as many columns of a narrower type, wherever the row allows it.
 //
-// A row that does not start on a 16-byte boundary (V = 50257) is walked from the boundary before it: vector v holds
-// the columns c·v − head … c·v − head + c − 1. The vectors that stick out of the row, at most one at each end, are read
-// and written column by column; outside the row they read −inf.
+// A row is walked in steps of as many columns. The first step begins ``head`` columns before the row, so that the steps
+// of one tensor, the one that is written, lie on boundaries of its vectors (V = 50257). A tensor that is off by another
+// number of columns is read by two neighbouring vectors, which are shifted. The steps that stick out of the row, at most
+// a few at each end, are read and written column by column; outside the row they read −inf.
 #pragma once
 
+#include <initializer_list>
 #include <type_traits>
 
-#include "grid.cuh"
+#include "../params.h"
+#include "reduce.cuh"
 
 namespace fastkd {
 
-struct __attribute__((may_alias, aligned(16))) Words {
-    uint32_t word[4];
+// The bytes that are moved at once.
+template <int kWords>
+struct __attribute__((may_alias, aligned(4 * kWords))) Words {
+    uint32_t word[kWords];
 };
 
+// What lies in one step of a row of T: 16 bytes.
 template <class T>
 struct Vec {
     static constexpr int kColumns = 16 / static_cast<int>(sizeof(T));
     union {
-        Words words;
+        Words<4> words;
         T columns[kColumns];
     };
     FASTKD_D Vec() {}
@@ -33,87 +39,314 @@ struct Vec {
     }
 };
 
-template <class T>
-FASTKD_D int head_of(const T* row) {
-    return static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+// visit(i, column of a, column of b) of every column, a word at a time in a loop that is not unrolled: for what is needed
+// seldom, and would be long. Words go round, since registers have no index.
+template <class T, class Visit>
+FASTKD_D void for_columns(Vec<T> a, Vec<T> b, Visit&& visit) {
+    constexpr int kOfWord = Vec<T>::kColumns / 4;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < kOfWord; ++j) visit(i * kOfWord + j, a[j], b[j]);
+        for (Vec<T>* vec : {&a, &b}) {
+            auto& w = vec->words.word;
+            const uint32_t first = w[0];
+            w[0] = w[1], w[1] = w[2], w[2] = w[3], w[3] = first;
+        }
+    }
 }
 
-// Columns 0 … n − 1 of a row, walked by vectors of which the first begins ``head`` columns before it.
+// The larger columns of two words, each of one or two columns; of a NaN and a number, the number.
 template <class T>
-struct Row {
-    T* data;
-    int n;
-    int last_whole;  // the last column at which a vector lies in the row; −1 if the walk is off 16-byte boundaries
-
-    FASTKD_D Row(T* data, int n, int head) : data(data), n(n) {
-        const bool aligned = (reinterpret_cast<uintptr_t>(data) - head * sizeof(T)) % 16 == 0;
-        last_whole = aligned ? n - static_cast<int>(16 / sizeof(T)) : -1;
+FASTKD_D uint32_t max_columns(uint32_t a, uint32_t b) {
+    if constexpr (sizeof(T) == 4) {
+        return bit_cast<uint32_t>(max(bit_cast<float>(a), bit_cast<float>(b)));
+    } else {
+#ifdef __CUDA_ARCH__
+    uint32_t c;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    } else {
+        asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     }
-    FASTKD_D bool is_whole(int first) const { return first >= 0 && first <= last_whole; }
-    FASTKD_D bool holds(int column) const { return column >= 0 && column < n; }
+    return c;
+#else
+    const auto larger = [](uint32_t x, uint32_t y) {
+        const float of_x = to_float(bit_cast<T>(static_cast<uint16_t>(x)));
+        const float of_y = to_float(bit_cast<T>(static_cast<uint16_t>(y)));
+        return (of_x > of_y || of_y != of_y ? x : y) & 0xffffu;
+    };
+    return larger(a, b) | larger(a >> 16, b >> 16) << 16;
+#endif
+    }
+}
+
+// The running maximum of a thread's vectors, as words.
+template <class T>
+struct Peak {
+    uint32_t word = sizeof(T) == 4 ? 0xff800000u : std::is_same_v<T, bfloat16> ? 0xff80ff80u : 0xfc00fc00u;  // −inf
+
+    FASTKD_D void include(const Vec<T>& vec) {
+        const auto& w = vec.words.word;
+        word = max_columns<T>(word, max_columns<T>(max_columns<T>(w[0], w[1]), max_columns<T>(w[2], w[3])));
+    }
+    FASTKD_D float value() const {
+        Vec<T> vec;
+        vec.words.word[0] = word;
+        if constexpr (sizeof(T) == 4) return vec[0];
+        return max(vec[0], vec[1]);
+    }
 };
 
-// Columns first … first + kColumns − 1; −inf outside the row.
-template <class Element>
-FASTKD_D auto load(const Row<Element>& row, int first) {
-    using T = std::remove_const_t<Element>;
+struct Peaks {
+    float x, y;
+};
+
+// The maxima of a warp; two of two bytes are one word.
+template <class T>
+FASTKD_D Peaks warp_peaks(const Peak<T>& x, const Peak<T>& y) {
+    if constexpr (sizeof(T) == 4) return {warp_max(x.value()), warp_max(y.value())};
+    uint32_t both = max_columns<T>((x.word & 0xffffu) | y.word << 16, x.word >> 16 | (y.word & 0xffff0000u));
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) both = max_columns<T>(both, shuffle_xor(both, mask));
     Vec<T> vec;
-    if (row.is_whole(first)) {
-        vec.words = *reinterpret_cast<const Words*>(row.data + first);
-        return vec;
-    }
-#pragma unroll
-    for (int j = 0; j < Vec<T>::kColumns; ++j) {
-        const bool inside = row.holds(first + j);
-        from_float(inside ? to_float(row.data[inside ? first + j : 0]) : -kInfinity, vec.columns[j]);
-    }
-    return vec;
+    vec.words.word[0] = both;
+    return {vec[0], vec[1]};
 }
 
-// The same for columns first … first + kCount − 1, which need not be a vector of this type.
-template <class T, int kCount>
-FASTKD_D void load_floats(const Row<const T>& row, int first, float (&values)[kCount]) {
-    constexpr int kColumns = Vec<T>::kColumns;
-    if constexpr (kCount % kColumns == 0) {
-#pragma unroll
-        for (int start = 0; start < kCount; start += kColumns) {
-            const Vec<T> vec = load(row, first + start);
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) values[start + j] = vec[j];
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-            const bool inside = row.holds(first + j);
-            values[j] = inside ? to_float(row.data[inside ? first + j : 0]) : -kInfinity;
-        }
-    }
+// Columns before a row up to the boundary of a step of kStep columns.
+template <int kStep, class T>
+FASTKD_D int head_of(const T* row) {
+    return static_cast<unsigned>(reinterpret_cast<uintptr_t>(row)) / sizeof(T) % kStep;
 }
 
-// Writes columns first … first + kCount − 1, those outside the row left out.
-template <class T, int kCount>
-FASTKD_D void store(const Row<T>& row, int first, const float (&values)[kCount]) {
-    constexpr int kColumns = Vec<T>::kColumns;
+// Columns 0 … n − 1 of a row, walked in steps of kStep columns that begin ``head`` columns before it.
+template <class T, int kStep>
+struct Row {
+    static constexpr int kSize = static_cast<int>(sizeof(T));
+    static constexpr int kColumns = kStep * kSize < 16 ? kStep : 16 / kSize;  // of a vector; a step may have several
+    T* data;
+    int n;
+    int shift;  // by how many columns the steps are off the vectors' boundaries
+
+    FASTKD_D Row(T* data, int n, int head)
+        : data(data), n(n), shift((head_of<kColumns>(data) - head) & (kColumns - 1)) {}
+
+    // Whether the vectors that hold columns first … first + kColumns − 1 lie in the row.
+    FASTKD_D bool is_whole(int first) const {
+        return first >= shift && first <= n - (shift == 0 ? kColumns : 2 * kColumns - shift);
+    }
+    FASTKD_D bool holds(int column) const { return column >= 0 && column < n; }
+    FASTKD_D float operator[](int column) const { return to_float(data[column]); }
+};
+
+// Columns first … first + kColumns − 1 from the two vectors that hold them, given that they lie in the row.
+template <class T, int kStep>
+FASTKD_D auto load_shifted(const Row<T, kStep>& row, int first) {
+    constexpr int kWords = Row<T, kStep>::kColumns * Row<T, kStep>::kSize / 4;
+    const auto* vectors = reinterpret_cast<const Words<kWords>*>(row.data + (first - row.shift));
+    const Words<kWords> low = vectors[0], high = vectors[1];
+    uint32_t word[2 * kWords];
+    for (int i = 0; i < kWords; ++i) word[i] = low.word[i], word[kWords + i] = high.word[i];
+    const int bytes = row.shift * Row<T, kStep>::kSize;
 #pragma unroll
-    for (int start = 0; start < kCount; start += kColumns) {
-        if (start + kColumns <= kCount && row.is_whole(first + start)) {
-            Vec<T> vec;
+    for (int by = kWords / 2; by > 0; by /= 2) {
+        if (bytes & 4 * by) {
 #pragma unroll
-            for (int j = 0; j < kColumns && start + j < kCount; ++j) from_float(values[start + j], vec.columns[j]);
-            *reinterpret_cast<Words*>(row.data + first + start) = vec.words;
+            for (int i = 0; i + by < 2 * kWords; ++i) word[i] = word[i + by];
+        }
+    }
+    Words<kWords> result;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+        result.word[i] = bytes & 2 ? word[i] >> 16 | word[i + 1] << 16 : word[i];
+    return result;
+}
+
+// The columns of a step; −inf outside the row.
+template <class Element, int kStep>
+FASTKD_D void load(const Row<const Element, kStep>& row, int first, Element (&columns)[kStep]) {
+    using R = Row<const Element, kStep>;
+    constexpr int kWords = R::kColumns * R::kSize / 4;
+#pragma unroll
+    for (int start = 0; start < kStep; start += R::kColumns) {
+        const int at = first + start;
+        if (row.is_whole(at)) {
+            const Words<kWords> words = row.shift == 0 ? *reinterpret_cast<const Words<kWords>*>(row.data + at)
+                                                       : load_shifted(row, at);
+            memcpy(&columns[start], &words, sizeof(words));
         } else {
 #pragma unroll
-            for (int j = start; j < start + kColumns && j < kCount; ++j) {
-                if (row.holds(first + j)) from_float(values[j], row.data[first + j]);
+            for (int j = 0; j < R::kColumns; ++j) {
+                from_float(-kInfinity, columns[start + j]);
+                if (row.holds(at + j)) columns[start + j] = row.data[at + j];
             }
         }
     }
 }
 
-// Zeros in columns [first, end), the block's threads side by side.
+template <class Element, int kStep>
+FASTKD_D void load_floats(const Row<const Element, kStep>& row, int first, float (&values)[kStep]) {
+    Element columns[kStep];
+    load(row, first, columns);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) values[j] = to_float(columns[j]);
+}
+
+// Two columns of two bytes as a word.
 template <class T>
-FASTKD_D void store_zeros(T* row, int64_t first, int64_t end, int rank, int size) {
-    for (int64_t column = first + rank; column < end; column += size) from_float(0.0f, row[column]);
+FASTKD_D uint32_t pack(float low, float high) {
+#ifdef __CUDA_ARCH__
+    uint32_t pair;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    }
+    return pair;
+#else
+    T columns[2];
+    from_float(low, columns[0]);
+    from_float(high, columns[1]);
+    return columns[0].bits | static_cast<uint32_t>(columns[1].bits) << 16;
+#endif
+}
+
+// Writes the columns of a step to where its vectors' boundaries are.
+template <class T, int kStep>
+FASTKD_D void store_whole(T* to, const float (&values)[kStep]) {
+    using R = Row<T, kStep>;
+    constexpr int kWords = R::kColumns * R::kSize / 4;
+#pragma unroll
+    for (int start = 0; start < kStep; start += R::kColumns) {
+        Words<kWords> words;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+            if constexpr (R::kSize == 4) {
+                words.word[i] = bit_cast<uint32_t>(values[start + i]);
+            } else {
+                words.word[i] = pack<T>(values[start + 2 * i], values[start + 2 * i + 1]);
+            }
+        }
+        *reinterpret_cast<Words<kWords>*>(to + start) = words;
+    }
+}
+
+// The same of any step; columns outside the row are left out.
+template <class T, int kStep>
+FASTKD_D void store(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
+    if (row.shift == 0 && first >= 0 && first <= row.n - kStep) return store_whole(row.data + first, values);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) {
+        if (row.holds(first + j)) from_float(values[j], row.data[first + j]);
+    }
+}
+
+template <class T>
+FASTKD_HD constexpr DType type_of() {
+    return std::is_same_v<T, float> ? DType::kFloat32 : std::is_same_v<T, bfloat16> ? DType::kBFloat16 : DType::kFloat16;
+}
+
+// The columns of a row as vectors of T. In kernels of T = float, the row may be of any type.
+template <class T>
+struct Source {
+    static constexpr int kColumns = Vec<T>::kColumns;
+    Row<const T, kColumns> row;
+    DType dtype;
+    int head;
+
+    FASTKD_D Source(const char* data, DType dtype, int n, int head)
+        : row(reinterpret_cast<const T*>(data), n, head), dtype(dtype), head(head) {}
+
+    FASTKD_D bool is_converted() const { return std::is_same_v<T, float> && dtype != DType::kFloat32; }
+
+    // Whether its vectors can be copied as they are.
+    FASTKD_D bool is_direct() const { return row.shift == 0 && !is_converted(); }
+
+    FASTKD_D Vec<T> load(int first) const {
+        Vec<T> vec;
+        if constexpr (std::is_same_v<T, float>) {
+            if (is_converted()) {
+                float values[kColumns];
+                dtype == DType::kBFloat16 ? load_floats(as<bfloat16>(), first, values)
+                                          : load_floats(as<float16>(), first, values);
+                memcpy(&vec, values, sizeof(vec));
+                return vec;
+            }
+        }
+        T columns[kColumns];
+        fastkd::load(row, first, columns);
+        memcpy(&vec, columns, sizeof(vec));
+        return vec;
+    }
+
+    FASTKD_D float operator[](int column) const {
+        if constexpr (std::is_same_v<T, float>) {
+            if (is_converted()) return dtype == DType::kBFloat16 ? as<bfloat16>()[column] : as<float16>()[column];
+        }
+        return row[column];
+    }
+
+private:
+    template <class Narrow>
+    FASTKD_D Row<const Narrow, kColumns> as() const {
+        return {reinterpret_cast<const Narrow*>(row.data), row.n, head};
+    }
+};
+
+// A row to be written, the steps being on its vectors' boundaries. In kernels of T = float it may be of any type.
+template <class T>
+struct Sink {
+    static constexpr int kColumns = Vec<T>::kColumns;
+    char* data;
+    DType dtype;
+    int n, head;
+
+    // A step that lies in the row.
+    FASTKD_D void store_whole(int first, const float (&values)[kColumns]) const {
+        as_its_type([&](auto* row) { fastkd::store_whole(row + first, values); });
+    }
+
+    // Any step.
+    FASTKD_D void store(int first, const float (&values)[kColumns]) const {
+        as_its_type([&](auto* row) {
+            fastkd::store(Row<std::remove_reference_t<decltype(*row)>, kColumns>(row, n, head), first, values);
+        });
+    }
+
+private:
+    template <class Visit>
+    FASTKD_D void as_its_type(Visit&& visit) const {
+        if constexpr (std::is_same_v<T, float>) {
+            if (dtype == DType::kBFloat16) return visit(reinterpret_cast<bfloat16*>(data));
+            if (dtype == DType::kFloat16) return visit(reinterpret_cast<float16*>(data));
+        }
+        visit(reinterpret_cast<T*>(data));
+    }
+};
+
+// Columns before a row of a matrix up to the boundary of a step.
+template <class T>
+FASTKD_D int head_of(const char* row, DType dtype) {
+    const bool narrow = std::is_same_v<T, float> && dtype != DType::kFloat32;
+    return narrow ? head_of<Vec<T>::kColumns>(reinterpret_cast<const uint16_t*>(row))
+                  : head_of<Vec<T>::kColumns>(reinterpret_cast<const T*>(row));
+}
+
+struct __attribute__((may_alias)) HalfWord {
+    uint16_t bits;
+};
+
+// Zeros in bytes [begin, end) of a row, which hold whole columns; the cluster's threads side by side.
+FASTKD_D void store_zeros(char* begin, char* end, int rank, int size) {
+    const auto up = [](char* p) { return p + (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16; };
+    char* const first = up(begin) < end ? up(begin) : end;
+    char* const last = end - reinterpret_cast<uintptr_t>(end) % 16;
+    for (char* at = first + 16 * static_cast<int64_t>(rank); at < last; at += 16 * static_cast<int64_t>(size))
+        *reinterpret_cast<Words<4>*>(at) = Words<4>{};
+    // The ends, by pairs of bytes.
+    for (char* at = begin + 2 * rank; at < first; at += 2 * size) *reinterpret_cast<HalfWord*>(at) = {};
+    for (char* at = (last > first ? last : first) + 2 * rank; at < end; at += 2 * size)
+        *reinterpret_cast<HalfWord*>(at) = {};
 }
 
 }  // namespace fastkd

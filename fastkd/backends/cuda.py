@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from fastkd import _built
 from fastkd._request import Rows, RowSpec
 from fastkd.backends import _arguments
 
+_supported: set[int] = set()  # indices of devices
 _cuda: Any = None
 try:
     _cuda = importlib.import_module("fastkd._cuda")
@@ -33,18 +33,21 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
         return why
     if logits.dtype == torch.float64:
         return "its kernels compute in float32, not in float64"
-    if teacher is not None and teacher.dtype != logits.dtype:
-        return f"the teacher's logits are {teacher.dtype}, the student's {logits.dtype}; it needs one dtype"
+    if teacher is not None and teacher.dtype == torch.float64:
+        return "its kernels compute in float32; the teacher's logits are float64"
     return None
 
 
-@functools.cache
 def _unsupported_device(device: torch.device) -> str | None:
+    """Asked again after a failure, which may pass: a GPU that another process had filled."""
+    if device.index in _supported:
+        return None
     with torch.cuda.device(device):
         why = _cuda.supports_device(device.index)
     if why:
         major, minor = torch.cuda.get_device_capability(device)
         return f"its build has nothing that this GPU (compute capability {major}.{minor}) runs: {why}"
+    _supported.add(device.index)
     return None
 
 

@@ -22,15 +22,12 @@ from fastkd.demo.layers import Comparison, Run, Task
 COLORS = ("#777777", "#E69F00", "#0072B2", "#009E73")  # told apart by colour-blind readers too
 
 
-def run(
-    console: Console, seed: int, device: torch.device, out: Path, quick: bool = False, seeds: int = layers.SEEDS
-) -> None:
+def run(console: Console, seed: int, device: torch.device, out: Path) -> None:
     with console.status("Preparing the data"):
         task = layers.make_task(seed, device)
-        task = task.shortened() if quick else task
     console.print(f"[bold]fastkd demo[/bold] on {report._machine(device)}\n{task.summary}\n")
-    with console.status("Training the teacher"):
-        comparison = layers.compare(task, seed, seeds, lambda name, run: announce(console, name, run))
+    with console.status("Training"):
+        comparison = layers.compare(task, seed, layers.SEEDS, lambda name, run: announce(console, name, run))
     console.print(table(task, comparison))
     for line in findings(task, comparison):
         console.print(line)
@@ -45,21 +42,16 @@ def announce(console: Console, name: str, run: Run) -> None:
 
 
 def table(task: Task, comparison: Comparison) -> Table:
-    half, end = task.student.steps // 2, task.student.steps
-    table = Table(box=box.SIMPLE)
+    steps = (task.student.steps // 2, task.student.steps)
+    table = Table(box=box.SIMPLE, title="Held-out loss, nats per token", title_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in (
-        "At the start\nnats/token",
-        f"After {half} steps\nnats/token",
-        f"After {end} steps\nnats/token",
-        "A run\ns",
-    ):
+    for heading in (*(f"{step} steps" for step in steps), "s a run"):
         table.add_column(heading, justify="right", no_wrap=True)
     teacher = comparison.teacher
-    table.add_row("Teacher", f"{teacher.held_out[0]:.3f}", "", f"{teacher.final:.3f}", f"{teacher.seconds:.0f}")
+    table.add_row(f"Teacher, {task.teacher.steps} steps", "", f"{teacher.final:.3f}", f"{teacher.seconds:.0f}")
     for method, runs in comparison.students.items():
-        cells = (spread([run.held_out[step] for run in runs]) for step in (0, nearest(runs[0], half), end))
-        table.add_row(f"Student, {method}", *cells, f"{mean(run.seconds for run in runs):.0f}")
+        cells = (spread([run.held_out[nearest(run, step)] for run in runs]) for step in steps)
+        table.add_row(method, *cells, f"{mean(run.seconds for run in runs):.0f}")
     return table
 
 
@@ -85,7 +77,7 @@ def findings(task: Task, comparison: Comparison) -> Iterator[str]:
     yield (
         f"[dim]One teacher of {task.teacher.steps} steps; students of {task.student.steps}, a seed's with the same "
         "beginning, batches, learning rate and schedule. Means of the seeds, ± half of what lies between the extremes. "
-        f"Hidden layers: {layers.HIDDEN_WEIGHT:g} × the mean squared difference, with the teacher's layers "
+        f"Hidden layers: {layers.HIDDEN_WEIGHT:g} × the {layers.HIDDEN_KIND} loss, with the teacher's layers "
         f"{', '.join(str(j) for _, j in layers.PAIRS)}. Copied: these, embeddings, norm and head. Equal steps are not "
         "equal time: the last column is a run's, the teacher's forward passes included.[/dim]"
     )
@@ -118,6 +110,7 @@ def figures_of(task: Task, comparison: Comparison, seed: int, device: torch.devi
         "versions": {"fastkd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "temperature": layers.TEMPERATURE,
         "hard_weight": layers.HARD_WEIGHT,
+        "hidden_kind": layers.HIDDEN_KIND,
         "hidden_weight": layers.HIDDEN_WEIGHT,
         "pairs": layers.PAIRS,
         "steps": {"teacher": task.teacher.steps, "student": task.student.steps},

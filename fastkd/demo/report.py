@@ -145,7 +145,7 @@ def _findings(task: Task, comparison: Comparison, peaks: dict[str, int | None], 
         note += f" Memory: the peak beyond the two sets of logits, by {memory.how(device)}."
     if "hidden" in comparison.students:
         note += (
-            f" From hidden states: {CHUNK_ROWS} rows' logits at a time; memory beyond the hidden states, logits included; "
+            f" From hidden states: {CHUNK_ROWS} rows at a time; the memory has the logits in it, and "
             "the loss alone (*) has the products with the output matrices in it."
         )
     yield f"[dim]{note}[/dim]"

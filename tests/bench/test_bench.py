@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,52 @@ def test_results(results: dict[str, Any], tmp_path: Path) -> None:
     assert {path.suffix for path in written} == {".png", ".svg"} and all(path.stat().st_size for path in written)
 
 
+def test_a_missing_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert run.machine("cpu")["commit"] is None
+
+
+def test_a_call_on_a_gpu_is_queued_behind_a_delay_that_outlasts_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is at the call's first kernel too early twice, and the delay grows."""
+    delays: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return len(delays) < 3
+
+        def elapsed_time(self, end: Event) -> float:
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", delays.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing.Device, "__init__", lambda self: setattr(self, "flush", torch.empty(1)))
+    calls: list[None] = []
+    sample = timing.Device().sample(lambda: calls.append(None))
+    assert sample["seconds"] == 7e-3 and sample["with_launches"] > 0
+    assert len(delays) == 3 and delays[2] > delays[1] > delays[0] > 0
+    assert len(calls) == 1 + len(delays)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_stages_of_the_gpu_report_are_short(quick: bool) -> None:
+    """Eight minutes for all of the quick ones, nine for any; each is a function of the script."""
+    script = (docs.ROOT / "benchmarks" / "gpu_report.sh").read_text()
+    limits = [dict(re.findall(r"\[(\w+)\]=(\d+)", text)) for text in re.findall(r"limits=\((.*)\)", script)]
+    order = [text.split() for text in re.findall(r"order=\((.*)\)", script)]
+    seconds, stages = limits[not quick], order[not quick]
+    assert sorted(seconds) == sorted(stages)
+    assert all(re.search(rf"^{stage}\(\) {{", script, re.MULTILINE) for stage in stages)
+    assert max(map(int, seconds.values())) <= 540
+    assert not quick or sum(map(int, seconds.values())) <= 480
+
+
 def test_compare() -> None:
     def results(**seconds: list[float]) -> dict[str, Any]:
         return {"cases": [{"name": "a", "contenders": {name: {"seconds": s} for name, s in seconds.items()}}]}
@@ -107,6 +154,21 @@ def test_compare() -> None:
         ("a", "same", 1.0, False),
         ("a", "apart", 0.75, False),
     ]
+
+
+def test_a_run_that_is_interrupted_shows_what_it_has(
+    results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        yield {**results, "cases": results["cases"][:1]}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupted)
+    monkeypatch.setattr(plots, "draw", lambda *arguments: [Path("a-plot")])
+    assert main(["bench", "--out", str(tmp_path / "a.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "eager" in printed and "interrupted after 1 of" in printed and "a-plot" in printed
+    assert len(json.loads((tmp_path / "a.json").read_text())["cases"]) == 1
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,126 +1,108 @@
-// A CPU in the place of a GPU: each CUDA thread is a thread of the operating system, a cluster's blocks run at once,
-// and what csrc/cuda/grid.cuh names is defined here. It runs the very kernels that the GPU build launches, slowly.
+// A CPU in the place of a GPU, and a hostile one: what csrc/cuda/grid.cuh names is defined here, so that the very
+// kernels of the GPU build run, slowly. Each CUDA thread is a fiber, and only one runs at a time; which one, an order
+// drawn from a seed decides. It does what a GPU may do and rarely does:
+//
+// - Several clusters run at once; their blocks start late and in any order, and one may starve while others run on.
+// - A block's shared memory appears, full of NaN, when the block starts, and is gone when it has exited. Each variable
+//   ends at a page that nothing may touch. Whoever reaches for a block that has not started or has exited is stopped.
+// - A copy's target is NaN from its issue to the wait. Stores that complete on a barrier arrive late and in any order.
+// - A misaligned access of 16 bytes, a barrier that nobody has initialised, and threads that wait for one that has left
+//   end the program, with a message.
+//
+// Under the thread sanitizer two accesses race unless what the hardware promises orders them; shuffles do not.
 #pragma once
 
-#include <barrier>
-#include <cstdlib>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <optional>
-#include <thread>
-#include <vector>
+#include <cstddef>
+#include <cstdint>
 
 #define FASTKD_D inline
 #define FASTKD_KERNEL inline
 #define FASTKD_BOUNDS(blocks)
-#define FASTKD_SHARED(type, name) type& name = *reinterpret_cast<type*>(fastkd::simt::shared(__LINE__, sizeof(type)))
-
-namespace fastkd::simt {
-
-constexpr int kWarpSize = 32;
-constexpr size_t kStaticBytes = 1 << 16;
-
-struct Warp {
-    float values[kWarpSize];
-    std::barrier<> barrier{kWarpSize};
-};
-
-struct Block {
-    std::unique_ptr<char[], decltype(&std::free)> memory;  // static shared memory, then dynamic
-    std::vector<Warp> warps;
-    Block(int threads, size_t dynamic)
-        : memory(static_cast<char*>(std::aligned_alloc(64, kStaticBytes + (dynamic + 63) / 64 * 64)), &std::free),
-          warps(threads / kWarpSize) {}
-};
-
-struct Cluster {
-    std::vector<std::unique_ptr<Block>> blocks;
-    std::barrier<> barrier;
-    Cluster(int size, int threads, size_t dynamic) : barrier(size * threads) {
-        for (int i = 0; i < size; ++i) blocks.push_back(std::make_unique<Block>(threads, dynamic));
-    }
-};
-
-// What the hardware keeps for a thread.
-struct Thread {
-    Cluster* cluster;
-    int rank, block, threads;
-    int64_t grid_block;
-    std::optional<std::barrier<>::arrival_token> arrived;
-    std::vector<std::pair<void*, const void*>> copies;  // under way
-};
-inline thread_local Thread self;
-
-inline char* memory(int block) { return self.cluster->blocks[block]->memory.get(); }
-
-// A static shared variable, by the line that declares it: the same offset in every block.
-inline char* shared(int line, size_t bytes) {
-    static std::mutex mutex;
-    static std::map<int, size_t> offsets;
-    static size_t used = 0;
-    const std::lock_guard lock(mutex);
-    const auto [entry, fresh] = offsets.try_emplace(line, used);
-    if (fresh) used += (bytes + 63) / 64 * 64;
-    if (used > kStaticBytes) std::abort();
-    return memory(self.block) + entry->second;
-}
-
-// Runs kernel(arguments...) on ``clusters`` clusters, one after the other. ``threads`` is a multiple of 32.
-template <class Kernel, class... Arguments>
-void launch(Kernel kernel, int64_t clusters, int size, int threads, size_t dynamic, const Arguments&... arguments) {
-    for (int64_t index = 0; index < clusters; ++index) {
-        Cluster cluster(size, threads, dynamic);
-        std::vector<std::thread> all;
-        for (int i = 0; i < size * threads; ++i) {
-            all.emplace_back([&, i] {
-                self = {&cluster, i % threads, i / threads, threads, index * size + i / threads, std::nullopt, {}};
-                kernel(arguments...);
-            });
-        }
-        for (std::thread& thread : all) thread.join();
-    }
-}
-
-}  // namespace fastkd::simt
+#define FASTKD_SHARED(type, name) type& name = *static_cast<type*>(fastkd::simt::shared(__LINE__, sizeof(type)))
 
 namespace fastkd {
 
-inline int thread_rank() { return simt::self.rank; }
-inline int block_threads() { return simt::self.threads; }
-inline int64_t block_rank() { return simt::self.grid_block; }
-inline int cluster_rank() { return simt::self.block; }
-inline int cluster_size() { return static_cast<int>(simt::self.cluster->blocks.size()); }
+// Of transactions: arrivals and bytes that a phase waits for.
+struct alignas(8) Barrier {
+    uint64_t state;
+};
 
-inline float shuffle_xor(float x, int mask) {
-    const int lane = simt::self.rank % simt::kWarpSize;
-    simt::Warp& warp = simt::self.cluster->blocks[simt::self.block]->warps[simt::self.rank / simt::kWarpSize];
-    warp.values[lane] = x;
-    warp.barrier.arrive_and_wait();
-    const float other = warp.values[lane ^ mask];
-    warp.barrier.arrive_and_wait();
-    return other;
+constexpr bool kHasClusters = true;
+
+namespace simt {
+
+// Of the thread that runs.
+struct Thread {
+    int rank, threads;  // within the block
+    int block, blocks;  // within the cluster
+    int grid_block, grid_blocks;
+};
+extern const Thread* self;
+
+void* shared(int line, size_t bytes);  // a static variable, by the line that declares it
+char* dynamic_shared();
+uint32_t shuffle(uint32_t x, int lane);
+void cluster_arrive();
+void cluster_wait();
+void warp_barrier();
+void block_barrier();
+void copy_async(void* shared, const void* global);
+void copy_async_wait();
+void barrier_init(Barrier* barrier, int arrivals);
+void barrier_expect(Barrier* barrier, int bytes);
+void barrier_wait(Barrier* barrier, int parity);
+void store_async(void* local, int rank, const void* value, int bytes, Barrier* local_barrier);
+
+struct Grid {
+    int clusters, size, threads;  // a cluster's size in blocks; threads of a block: a multiple of 32
+    size_t shared;      // dynamic, of a block
+    uint64_t seed;      // of the order
+};
+void run(const Grid& grid, void (*kernel)(const void*), const void* closure);
+
+template <class Kernel, class... Arguments>
+void launch(const Grid& grid, Kernel kernel, const Arguments&... arguments) {
+    const auto call = [&] { kernel(arguments...); };
+    run(grid, [](const void* closure) { (*static_cast<const decltype(call)*>(closure))(); }, &call);
 }
 
-inline void cluster_arrive() { simt::self.arrived = simt::self.cluster->barrier.arrive(); }
-inline void cluster_start() { cluster_arrive(); }
+}  // namespace simt
 
-inline void cluster_wait() {
-    simt::self.cluster->barrier.wait(std::move(*simt::self.arrived));
-    simt::self.arrived.reset();
+inline int thread_rank() { return simt::self->rank; }
+inline int block_threads() { return simt::self->threads; }
+inline int block_rank() { return simt::self->grid_block; }
+inline int grid_blocks() { return simt::self->grid_blocks; }
+inline void warp_barrier() { simt::warp_barrier(); }
+inline void block_barrier() { simt::block_barrier(); }
+inline int cluster_rank() { return simt::self->block; }
+inline int cluster_size() { return simt::self->blocks; }
+template <class T>
+T shuffle(T x, int lane) {
+    uint32_t bits;
+    static_assert(sizeof(T) == sizeof(bits));
+    __builtin_memcpy(&bits, &x, sizeof(T));
+    bits = simt::shuffle(bits, lane);
+    __builtin_memcpy(&x, &bits, sizeof(T));
+    return x;
 }
 
-inline void store_remote(float* local, int rank, float value) {
-    char* own = simt::memory(simt::self.block);
-    *reinterpret_cast<float*>(simt::memory(rank) + (reinterpret_cast<char*>(local) - own)) = value;
+template <class T>
+T shuffle_xor(T x, int mask) {
+    return shuffle(x, thread_rank() % 32 ^ mask);
 }
 
-// Nothing is there before the wait, not even for the thread itself.
-inline void copy_async(void* shared, const void* global) { simt::self.copies.emplace_back(shared, global); }
-inline void copy_async_wait() {
-    for (const auto& [shared, global] : simt::self.copies) __builtin_memcpy(shared, global, 16);
-    simt::self.copies.clear();
+inline void cluster_arrive() { simt::cluster_arrive(); }
+inline void cluster_wait() { simt::cluster_wait(); }
+inline void copy_async(void* shared, const void* global, bool wanted) {
+    if (wanted) simt::copy_async(shared, global);
 }
-inline char* dynamic_shared() { return simt::memory(simt::self.block) + simt::kStaticBytes; }
+inline void copy_async_wait() { simt::copy_async_wait(); }
+inline void barrier_init(Barrier* barrier, int arrivals) { simt::barrier_init(barrier, arrivals); }
+inline void barrier_expect(Barrier* barrier, int bytes) { simt::barrier_expect(barrier, bytes); }
+inline void barrier_wait(Barrier* barrier, int parity) { simt::barrier_wait(barrier, parity); }
+inline void store_async(float* local, int rank, float value, Barrier* local_barrier) {
+    simt::store_async(local, rank, &value, sizeof(value), local_barrier);
+}
+inline char* dynamic_shared() { return simt::dynamic_shared(); }
 
 }  // namespace fastkd

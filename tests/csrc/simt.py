@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import torch
 from fastkd._request import Rows, RowSpec
 
 HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+Outputs = dict[str, torch.Tensor | None]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -56,21 +59,45 @@ class Grid(NamedTuple):
     cluster: int
     resident: bool
     threads: int = 64
+    clusters: int = 1  # each of which takes several rows
 
 
-def compile_shim(source: str, target: Path, *flags: str) -> None:
-    command = ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-DFASTKD_SIMT", f"-I{HERE}", *flags]
-    subprocess.run([*command, str(HERE / source), "-o", str(target)], check=True)
+class Order(ctypes.Structure):
+    """A grid, and the seed of the order in which its threads run; seed 0 gives the worst one."""
+
+    _fields_ = [
+        ("cluster", ctypes.c_int),
+        ("threads", ctypes.c_int),
+        ("clusters", ctypes.c_int),
+        ("resident", ctypes.c_bool),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+def build(folder: Path, source: str, target: str, *flags: str, csrc: Path = CSRC) -> Path:
+    """Compile ``source`` with the kernels in ``csrc`` and the scheduler, once in a folder that processes may share."""
+    scheduler = compile_once(folder / "simt.o", "simt.cpp", "-fPIC", "-c")
+    return compile_once(folder / target, source, *flags, f"-I{csrc}", str(scheduler))
+
+
+def compile_once(target: Path, source: str, *flags: str) -> Path:
+    command = ["g++", "-std=c++20", "-O1", "-g", "-DFASTKD_SIMT", f"-I{HERE}", str(HERE / source), *flags]
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            subprocess.run([*command, "-o", str(target)], check=True)
+    return target
 
 
 class Simt:
     """The row contract's calls, run under the shim on a given grid."""
 
     def __init__(self, folder: Path) -> None:
-        compile_shim("simt_library.cpp", folder / "simt.so", "-fPIC", "-shared")
-        self.library = ctypes.CDLL(str(folder / "simt.so"))
+        # An access of 16 bytes that is misaligned traps.
+        alignment = ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+        self.library = ctypes.CDLL(str(build(folder, "simt_library.cpp", "simt.so", "-fPIC", "-shared", *alignment)))
 
-    def kd_rows(self, rows: Rows, spec: RowSpec, outputs: dict[str, torch.Tensor | None], grid: Grid) -> None:
+    def kd_rows(self, rows: Rows, spec: RowSpec, outputs: Outputs, grid: Grid, seed: int = 0) -> None:
         """``outputs`` are hard, soft, stats and dz; without hard it is the gradient from stats."""
         outer, inner, columns = rows.student.shape
         vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale")}
@@ -81,7 +108,7 @@ class Simt:
             c_t=spec.c_t, c_s=spec.c_s, w=spec.w, smoothing=spec.label_smoothing, formula=spec.formula,
             from_stats=outputs["hard"] is None,
         )  # fmt: skip
-        self.library.simt_kd_rows(ctypes.byref(params), grid.cluster, grid.threads, grid.resident)
+        self.library.simt_kd_rows(ctypes.byref(params), order(grid, seed))
 
     def log_softmax(
         self,
@@ -97,12 +124,16 @@ class Simt:
             x=matrix(x), out=matrix(out), dy=matrix(dy), lse=lse.data_ptr(), rows=outer * inner, inner_rows=inner,
             columns=columns, temperature=temperature,
         )  # fmt: skip
-        self.library.simt_log_softmax(ctypes.byref(params), grid.cluster, grid.threads, grid.resident)
+        self.library.simt_log_softmax(ctypes.byref(params), order(grid))
 
     def scale_(self, x: torch.Tensor, scalar: torch.Tensor) -> None:
         outer, inner, columns = x.shape
         params = ScaleParams(x=matrix(x), rows=outer * inner, inner_rows=inner, columns=columns)
-        self.library.simt_scale(ctypes.byref(params), ctypes.c_void_p(scalar.data_ptr()), 64)
+        self.library.simt_scale(ctypes.byref(params), ctypes.c_void_p(scalar.data_ptr()), order(Grid(1, False)))
+
+
+def order(grid: Grid, seed: int = 0) -> Any:
+    return ctypes.byref(Order(grid.cluster, grid.threads, grid.clusters, grid.resident, seed))
 
 
 def matrix(tensor: torch.Tensor | None) -> Matrix:

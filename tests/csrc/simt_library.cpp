@@ -1,72 +1,95 @@
-// The kernels of csrc/cuda under the shim, with C entry points.
-#include "../../csrc/cuda/kd_rows.cuh"
-#include "../../csrc/cuda/log_softmax.cuh"
-#include "../../csrc/cuda/scale.cuh"
+// The kernels of csrc/cuda under the shim, with C entry points. SIMT_FEW leaves most instantiations out.
+#include "cuda/kd_rows.cuh"
+#include "cuda/log_softmax.cuh"
+#include "cuda/scale.cuh"
 
 using namespace fastkd;
 
 namespace {
 
-struct Grid {
-    int cluster, threads;
-    bool resident;
-    int64_t rows;
-    size_t shared;
-};
+#ifdef SIMT_FEW
+using Functors = FunctorList<MixtureKL<true, false, Mix::kStudent>, MixtureKL<true, true, Mix::kBoth>>;
 
-template <class Resident, class Streaming, class... Arguments>
-void launch(const Grid& grid, Resident resident, Streaming streaming, const Arguments&... arguments) {
-    if (grid.resident) {
-        simt::launch(resident, grid.rows, grid.cluster, grid.threads, grid.shared, arguments...);
-    } else {
-        simt::launch(streaming, grid.rows, grid.cluster, grid.threads, 0, arguments...);
-    }
+template <class Visit>
+void with_type(DType, Visit&& visit) {
+    visit(0.0f);
 }
+#else
+using Functors = Divergences;
 
 template <class Visit>
 void with_type(DType dtype, Visit&& visit) {
     dtype == DType::kBFloat16 ? visit(bfloat16{}) : dtype == DType::kFloat16 ? visit(float16{}) : visit(0.0f);
 }
+#endif
 
-// Two rows of any dtype.
-size_t shared_bytes(int64_t columns) { return static_cast<size_t>(columns + 16) * 8; }
+struct Order {
+    int cluster, threads, clusters;
+    bool resident;
+    uint64_t seed;
+};
+
+// On a grid whose blocks have exactly the shared memory that their share of the vectors takes. Sets ``share``, which is,
+// or is part of, the kernel's last argument.
+template <class Resident, class Streaming, class Last, class... Arguments>
+void launch(const Order& order, int clusters, int64_t vectors, int tensors, Resident resident, Streaming streaming,
+            int& share, const Last& last, const Arguments&... arguments) {
+    const int size = order.resident ? order.cluster : 1;
+    share = static_cast<int>((vectors + size - 1) / size);
+    const size_t shared = order.resident ? kept_bytes(share, tensors) : 0;
+    const simt::Grid grid{clusters, size, order.threads, shared, order.seed};
+    if (order.resident) {
+        simt::launch(grid, resident, arguments..., last);
+    } else {
+        simt::launch(grid, streaming, arguments..., last);
+    }
+}
 
 }  // namespace
 
-extern "C" void simt_kd_rows(const KDRowsParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->n)};
+extern "C" void simt_kd_rows(const KDRowsParams* p, const Order* order) {
     const Numbers numbers{static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w};
-    with_type(p->z.dtype, [&](auto element) {
+    with_type(p->common_dtype(), [&](auto element) {
         using T = decltype(element);
         const auto run = [&](const auto& functor, auto soft) {
             using Functor = std::decay_t<decltype(functor)>;
             constexpr bool kSoft = decltype(soft)::value;
-            launch(grid, kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, *p, functor);
+            KDRowsParams params = *p;
+            RowGrid rows = prepare_rows(params, functor);
+            // A row that is not kept has a block of its own; of kept ones a cluster walks several.
+            const int clusters = order->resident ? order->clusters : static_cast<int>(p->rows);
+            launch(*order, clusters, max_vectors<T>(p->n), kSoft ? 2 : 1,
+                   kd_rows_kernel<T, Functor, kSoft, true>, kd_rows_kernel<T, Functor, kSoft, false>, rows.share, rows,
+                   params, functor);
         };
         if (p->u.data) {
-            Divergences::dispatch(numbers, [&](const auto& functor) { run(functor, std::true_type{}); });
+            Functors::dispatch(numbers, [&](const auto& functor) { run(functor, std::true_type{}); });
         } else {
             run(NoSoftTerm{}, std::false_type{});
         }
     });
 }
 
-extern "C" void simt_log_softmax(const LogSoftmaxParams* p, int cluster, int threads, bool resident) {
-    const Grid grid{cluster, threads, resident, p->rows, shared_bytes(p->columns)};
+extern "C" void simt_log_softmax(const LogSoftmaxParams* p, const Order* order) {
     const bool backward = p->dy.data != nullptr;
     with_type(p->x.dtype, [&](auto x) {
         with_type(backward ? p->dy.dtype : p->out.dtype, [&](auto other) {
             using T = decltype(x);
             using Out = decltype(other);
+            const int rows = static_cast<int>(p->rows);
+            int share;
             if (backward) {
-                launch(grid, log_softmax_backward_kernel<T, Out, true>, log_softmax_backward_kernel<T, Out, false>, *p);
+                launch(*order, rows, max_vectors<Out>(p->columns), 1, log_softmax_backward_kernel<T, Out, true>,
+                       log_softmax_backward_kernel<T, Out, false>, share, share, *p);
             } else {
-                launch(grid, log_softmax_kernel<T, Out, true>, log_softmax_kernel<T, Out, false>, *p);
+                launch(*order, rows, max_vectors<T>(p->columns), 1, log_softmax_kernel<T, Out, true>,
+                       log_softmax_kernel<T, Out, false>, share, share, *p);
             }
         });
     });
 }
 
-extern "C" void simt_scale(const ScaleParams* p, const float* scalar, int threads) {
-    with_type(p->x.dtype, [&](auto x) { simt::launch(scale_kernel<decltype(x)>, p->rows, 1, threads, 0, *p, scalar); });
+extern "C" void simt_scale(const ScaleParams* p, const float* scalar, const Order* order) {
+    const simt::Grid grid{static_cast<int>(p->rows), 1, order->threads, 0, order->seed};
+    with_type(p->x.dtype, [&](auto x) { simt::launch(grid, scale_kernel<decltype(x)>, *p, scalar); });
 }

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd._request import NUM_STATS, Rows, RowSpec
+from fastkd._request import NUM_STATS, Formula, Rows, RowSpec
 from fastkd.backends import torch as reference
 from fastkd.divergences import JSD, NAMED, Divergence, SkewKL, SkewReverseKL
-from tests.csrc.simt import Grid, Simt, compile_shim
+from tests.csrc.simt import Grid, Outputs, Simt, build
 
 MEMBERS = (*NAMED.values(), JSD(0.3), SkewKL(0.1), SkewReverseKL(0.2))
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -21,40 +21,61 @@ GRIDS = [Grid(cluster, resident) for cluster in (1, 2, 4) for resident in (True,
 
 
 @pytest.fixture(scope="session")
-def simt(tmp_path_factory: pytest.TempPathFactory) -> Simt:
-    return Simt(tmp_path_factory.mktemp("simt"))
+def simt(folder: Path) -> Simt:
+    return Simt(folder)
 
 
 def spec_of(member: Divergence, temperature: float, vocab_size: int, smoothing: float = 0.0) -> RowSpec:
     return RowSpec(temperature, int(member.formula), member.c_t, member.c_s, member.w, smoothing, vocab_size)
 
 
-def outputs_for(rows: Rows, grad: bool) -> dict[str, torch.Tensor | None]:
+def outputs_for(rows: Rows, grad: bool) -> Outputs:
     count = rows.student.shape[0] * rows.student.shape[1]
     vectors = {name: torch.full((count,), math.nan) for name in ("hard", "soft")}
     stats = torch.full((count, NUM_STATS), math.nan)
     return {**vectors, "stats": stats, "dz": torch.full_like(rows.student, math.nan) if grad else None}
 
 
-def check(simt: Simt, rows: Rows, spec: RowSpec, grid: Grid) -> None:
-    """Loss and gradient, loss alone, and the gradient from its statistics."""
+def check(
+    simt: Simt,
+    rows: Rows,
+    spec: RowSpec,
+    grid: Grid,
+    gradient: torch.dtype | None = None,
+    offset: int = 0,
+    tolerance: float | None = None,
+) -> None:
+    """Loss and gradient, in two orders, loss alone, and the gradient from its statistics.
+
+    The gradient has a dtype of its own, and begins off a boundary.
+    """
     exact = Rows(*(t.double() if t is not None and t.is_floating_point() else t for t in rows))
     count = rows.student.shape[0] * rows.student.shape[1]
     hard, soft = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     dz = torch.zeros_like(exact.student)
     reference.kd_rows(exact, spec, hard, soft, torch.empty(0), dz)
 
-    fused, loss = outputs_for(rows, grad=True), outputs_for(rows, grad=False)
+    gradient = gradient or rows.student.dtype
+
+    def nans() -> torch.Tensor:
+        memory = torch.full((rows.student.numel() + offset,), math.nan, dtype=gradient)
+        return memory[offset:].view(rows.student.shape)
+
+    fused, again = ({**outputs_for(rows, grad=False), "dz": nans()} for _ in range(2))
+    loss = outputs_for(rows, grad=False)
     simt.kd_rows(rows, spec, fused, grid)
-    simt.kd_rows(rows, spec, loss, grid)
-    later = {"hard": None, "soft": None, "stats": loss["stats"], "dz": torch.full_like(rows.student, math.nan)}
+    simt.kd_rows(rows, spec, again, grid, seed=1)
+    simt.kd_rows(rows, spec, loss, grid, seed=2)
+    for name in ("hard", "soft", "dz"):
+        assert torch.equal(fused[name], again[name])
+    later = {"hard": None, "soft": None, "stats": loss["stats"], "dz": nans()}
     simt.kd_rows(rows, spec, later, Grid(1, False))
     for result in (fused, loss):
         torch.testing.assert_close(result["hard"].double(), hard, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(result["soft"].double(), soft, rtol=1e-5, atol=1e-7)
     for result in (fused, later):
         error = (result["dz"].double() - dz).norm() / dz.norm().clamp_min(1e-12)
-        assert error <= GRADIENT[rows.student.dtype]
+        assert error <= (tolerance or GRADIENT[gradient])
 
 
 def make_rows(vocab: int, dtype: torch.dtype, hard: bool = True, soft: bool = True, offset: int = 0) -> Rows:
@@ -88,6 +109,60 @@ def test_sizes_and_alignments(simt: Simt, vocab: int, offset: int, dtype: torch.
     check(simt, make_rows(vocab, dtype, offset=offset), spec_of(JSD(0.5), 1.0, vocab), Grid(2, True))
 
 
+def off(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy whose rows begin ``offset`` elements off a 16-byte boundary."""
+    memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
+    memory[offset:] = tensor.flatten()
+    return memory[offset:].view(tensor.shape)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("dtype", GRADIENT, ids=str)
+@pytest.mark.parametrize("offsets", [(0, 1, 2), (3, 3, 0), (1, 0, 1), (5, 6, 7)])
+def test_rows_off_by_different_amounts(
+    simt: Simt, offsets: tuple[int, int, int], dtype: torch.dtype, grid: Grid
+) -> None:
+    rows = make_rows(1001, dtype)
+    student, teacher, gradient = offsets
+    rows = rows._replace(student=off(rows.student, student), teacher=off(rows.teacher, teacher))
+    check(simt, rows, spec_of(NAMED["forward_kl"], 2.0, 1001), grid, offset=gradient)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize(
+    ("student", "teacher", "gradient"),
+    [
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_dtypes_of_their_own(
+    simt: Simt, student: torch.dtype, teacher: torch.dtype, gradient: torch.dtype, grid: Grid
+) -> None:
+    rows = make_rows(777, torch.float32)
+    rows = rows._replace(student=rows.student.to(student), teacher=off(rows.teacher.to(teacher), 3))
+    check(simt, rows, spec_of(JSD(0.3), 2.0, 777), grid, gradient)
+
+
+def test_any_number_of_clusters_gives_the_same_to_the_bit(simt: Simt) -> None:
+    """Rows of different alignment, some of which do not count, walked over by one cluster or by many."""
+    torch.manual_seed(0)
+    student, teacher = ((torch.randn(1, 7, 501) * 3).to(torch.bfloat16) for _ in range(2))
+    scales = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5])
+    rows = Rows(student, teacher, torch.tensor([0, 498, 7, 0, -100, 250, 0]), scales, scales)
+    results = []
+    for clusters in (1, 2, 3, 7):
+        outputs = outputs_for(rows, grad=True)
+        simt.kd_rows(rows, spec_of(JSD(0.5), 2.0, 499), outputs, Grid(2, True, clusters=clusters))
+        assert not any(outputs[name].isnan().any() for name in ("hard", "soft", "dz"))
+        results.append([outputs[name] for name in ("hard", "soft", "dz")])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize(("hard", "soft"), [(True, False), (False, True), (True, True)])
 def test_terms_temperatures_smoothing_and_padding(simt: Simt, temperature: float, hard: bool, soft: bool) -> None:
@@ -103,6 +178,53 @@ def test_far_from_0(simt: Simt, member: Divergence, temperature: float, grid: Gr
     rows.student.add_(1e4)
     rows.teacher.add_(1e4)
     check(simt, rows, spec_of(member, temperature, 500, smoothing=0.1), grid)
+
+
+# Size of the logits, noise of the teacher about the student (None: logits of its own), its offset.
+REGIMES = [(1, None, 0), (8, None, 0), (3, 0.1, 0), (3, 1e-2, 0), (2, 0.5, 100), (2, 0.5, 1e3), (2, 0.5, 1e4)]
+
+
+@pytest.mark.parametrize(("size", "noise", "offset"), REGIMES)
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_digits(simt: Simt, member: Divergence, size: float, noise: float | None, offset: float) -> None:
+    rows = make_rows(1500, torch.float32, hard=False)
+    rows.student.mul_(size / 3)
+    if noise is None:
+        rows.teacher.mul_(size / 3)
+    else:
+        rows.teacher.copy_(rows.student + noise * torch.randn_like(rows.student) + offset)
+    spec = spec_of(member, 1.0, 1500)
+    check(simt, rows, spec, Grid(2, True), tolerance=max(1e-5, error_of_plain_pytorch(rows, spec)))
+
+
+def error_of_plain_pytorch(rows: Rows, spec: RowSpec) -> float:
+    """Of the soft gradient by autograd, in float32: the definition, as one would write it."""
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        z = rows.student.to(dtype).requires_grad_()
+        a, b = (rows.teacher.to(dtype) / spec.temperature).log_softmax(-1), (z / spec.temperature).log_softmax(-1)
+        if spec.formula == Formula.TOTAL_VARIATION:
+            value = (a.exp() - b.exp()).abs().sum(-1) / 2
+        elif spec.formula == Formula.CROSS_ENTROPY:
+            value = -(a.exp() * b).sum(-1)
+        else:
+            # w is 0 or 1 where the mixture is one of the two.
+            log_w, log_v = (math.log(w) if w else -math.inf for w in (spec.w, 1 - spec.w))
+            log_m = torch.logaddexp(a + log_w, b + log_v)
+            value = (spec.c_t * a.exp() * (a - log_m) + spec.c_s * b.exp() * (b - log_m)).sum(-1)
+        (value.flatten() * rows.soft_scale.to(dtype)).sum().backward()
+        return z.grad
+
+    exact = gradient(torch.float64)
+    return float((gradient(torch.float32) - exact).norm() / exact.norm())
+
+
+def test_a_sum_that_overflows_is_taken_again(simt: Simt) -> None:
+    """finfo.min in the student alone: the value is representable, a sum of terms that are not normalised is not."""
+    rows = make_rows(300, torch.float32, hard=False)
+    rows.student[..., :4] = torch.finfo(torch.float32).min
+    rows.teacher[..., :4] = 8.0
+    check(simt, rows, spec_of(NAMED["forward_kl"], 1.0, 300), Grid(2, True))
 
 
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.name != "cross_entropy"], ids=lambda member: member.name)
@@ -174,9 +296,14 @@ def test_scale(simt: Simt, dtype: torch.dtype) -> None:
     torch.testing.assert_close(x, (before.float() * torch.tensor(0.3)).to(dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers(sanitizer: str, tmp_path: Path) -> None:
-    program = tmp_path / "simt_main"
-    compile_shim("simt_main.cpp", program, f"-fsanitize={sanitizer}")
-    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0 and run.stdout == "ran\n", run.stderr[-4000:]
+def test_more_than_a_warp_of_warps(simt: Simt) -> None:
+    check(simt, make_rows(20011, torch.bfloat16), spec_of(JSD(0.5), 2.0, 20011), Grid(8, True, threads=256))
+
+
+# Orders to run in: in one alone the thread sanitizer sees what nothing orders.
+@pytest.mark.parametrize(("sanitizer", "orders"), [("thread", 1), ("address,alignment", 3)])
+def test_sanitizers(sanitizer: str, orders: int, folder: Path) -> None:
+    flags = ("-DSIMT_FEW", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    program = build(folder, "simt_main.cpp", f"simt_main_{sanitizer}", *flags)
+    run = subprocess.run([str(program), str(orders)], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]

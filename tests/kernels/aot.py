@@ -6,6 +6,7 @@ Usage: python tests/kernels/aot.py sm_90 [kernel-name-substring]
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+sys.path.append(str(Path(__file__).parents[2]))  # for `import tests.…`
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,21 +26,30 @@ from triton.compiler import ASTSource
 
 from fastkd._request import HiddenKind, Mix, RowSpec
 from fastkd.divergences import JSD, NAMED, Divergence
-from fastkd.kernels.config import hidden_options, launch_options
+from fastkd.kernels import config, log_softmax
 from fastkd.kernels.divergence import moment_rule
 from fastkd.kernels.hidden import hidden_rows_kernel
-from fastkd.kernels.kd_rows import kd_rows_kernel
-from fastkd.kernels.log_softmax import log_softmax_backward_kernel, log_softmax_kernel
+from fastkd.kernels.kd_rows import (
+    kd_rows_kernel,
+    slice_gradient_kernel,
+    slice_state_kernel,
+    slice_sums_kernel,
+)
 from fastkd.kernels.scale import scale_kernel
+from tests.kernels.columns import instructions_a_column
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
 LARGE = 128256
 WIDEST = 16384  # hidden states that registers hold
+# Of which the instructions a column are counted.
+COUNTED = ("kd_rows-forward_kl-fused-bf16", "kd_rows-jsd-fused-bf16")
 
 # One member of each structure.
 MEMBERS = (*NAMED.values(), JSD(0.5))
@@ -46,41 +58,57 @@ MEMBERS = (*NAMED.values(), JSD(0.5))
 Case = tuple[str, Any, dict[str, Any], dict[str, Any]]
 
 
-def cases() -> Iterator[Case]:
-    """(name, kernel, argument types, constants). Types are Triton's; what is 16-aligned ends in +."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        for peel in (False, True):
-            tiles = {"VEC": 4 if dtype == "fp32" else 8, "PEEL": peel}
-            suffix = f"{dtype}{'-unaligned' if peel else ''}"
-            for name, kernel, matrices, vectors in (
-                ("scale", scale_kernel, ("x",), ("scalar",)),
-                ("log_softmax", log_softmax_kernel, ("x", "out"), ("lse",)),
-                ("log_softmax_backward", log_softmax_backward_kernel, ("dy", "x", "dx"), ("lse",)),
-            ):
-                yield f"{name}-{suffix}", kernel, argument_types(dtype, peel, matrices, vectors), tiles
-            for member in MEMBERS if dtype == "bf16" else MEMBERS[:1]:
-                for mode in ("fused", "loss", "grad"):
-                    yield kd_rows(f"{member.name}-{mode}-{suffix}", dtype, tiles, member, mode)
-        for width in (768, WIDEST):
-            for kind in HiddenKind:
-                types = argument_types(dtype, False, ("s", "t", "ds"), ("scale", "loss"))
-                constants = {"KIND": int(kind), "WIDTH": width}
-                yield f"hidden-{kind.name.lower()}-{dtype}-{width}", hidden_rows_kernel, types, constants
+def cases(target: str) -> Iterator[Case]:
+    """(name, kernel, argument types, constants). Types are Triton's; what is 16-aligned ends in +.
+
+    One target of each vendor compiles each kernel in each dtype, the others what differs most.
+    """
+    thorough = target in ("sm_90", "gfx942")
+    for dtype, peel in THOROUGH if thorough else THOROUGH[:1]:
+        tiles = {"VEC": 4 if dtype == "fp32" else 8, "PEEL": peel}
+        suffix = f"{dtype}{'-unaligned' if peel else ''}"
+        for name, kernel, matrices in SMALL:
+            constants = tiles | ({"MAX": config.MAX_SLICES} if "MAX" in kernel.arg_names else {})
+            yield f"{name}-{suffix}", kernel, argument_types(kernel, dtype, peel, matrices), constants
+        for width, kind in itertools.product((768, WIDEST) if thorough and not peel else (), HiddenKind):
+            types = argument_types(hidden_rows_kernel, dtype, False, ("s", "t", "ds"))
+            constants = {"KIND": int(kind), "WIDTH": width}
+            yield f"hidden-{kind.name.lower()}-{dtype}-{width}", hidden_rows_kernel, types, constants
+        for member in MEMBERS if thorough and (dtype, peel) == THOROUGH[0] else (MEMBERS[0], MEMBERS[-1]):
+            yield kd_rows(f"{member.name}-fused-{suffix}", dtype, tiles, member, "fused")
     tiles = {"VEC": 8, "PEEL": False}
-    yield kd_rows("soft-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", hard=False)
-    yield kd_rows("hard-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", soft=False)
-    yield kd_rows("smooth-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", POWER=0, SMOOTH=True)
+    for member in (MEMBERS[0], MEMBERS[-1]) if thorough else MEMBERS[:1]:
+        for mode in ("loss", "grad", "state", "sums", "slice"):
+            yield kd_rows(f"{member.name}-{mode}-bf16", "bf16", tiles, member, mode)
+    if thorough:
+        yield kd_rows("soft-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", hard=False)
+        yield kd_rows("hard-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", soft=False)
+        yield kd_rows("z-loss-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", z_loss=True)
+        yield kd_rows("smooth-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", POWER=0, SMOOTH=True)
 
 
-def argument_types(
-    dtype: str, peel: bool, matrices: tuple[str, ...], vectors: tuple[str, ...], numbers: tuple[str, ...] = ()
-) -> dict[str, str]:
+THOROUGH = (("bf16", False), ("bf16", True), ("fp16", False), ("fp32", False))
+SMALL = (
+    ("scale", scale_kernel, ("x",)),
+    ("log_softmax", log_softmax.log_softmax_kernel, ("x", "out")),
+    ("log_softmax-state", log_softmax.slice_state_kernel, ("x",)),
+    ("log_softmax-output", log_softmax.slice_output_kernel, ("x", "out")),
+    ("log_softmax_backward", log_softmax.log_softmax_backward_kernel, ("dy", "x", "dx")),
+    ("log_softmax_backward-sum", log_softmax.slice_sum_kernel, ("dy",)),
+    ("log_softmax_backward-slice", log_softmax.slice_gradient_kernel, ("dy", "x", "dx")),
+)
+
+
+def argument_types(kernel: Any, dtype: str, peel: bool, matrices: tuple[str, ...]) -> dict[str, str]:
     size = "i32" if peel else "i32+"
-    types = {f"{name}_ptr": f"*{dtype}+" for name in matrices}
+    types = {name: "*fp32+" if name.endswith("_ptr") else "fp32" for name in kernel.arg_names}
+    types |= {f"{name}_ptr": f"*{dtype}+" for name in matrices}
     types |= {f"{name}_{level}": size for name in matrices for level in ("outer", "inner")}
-    types |= {f"{name}_ptr": "*fp32+" for name in vectors}
-    types |= dict.fromkeys(("temperature", *numbers), "fp32")
-    return types | {"inner_rows": "i32", "n": size, "columns": size, "y_ptr": "*i64+"}
+    types |= {"rows": "i32", "inner_rows": "i32", "slices": "i32", "n": size, "columns": size, "width": "i32+"}
+    return types | {"y_ptr": "*i64+"}
+
+
+KERNELS = {"state": slice_state_kernel, "sums": slice_sums_kernel, "slice": slice_gradient_kernel}
 
 
 def kd_rows(
@@ -91,19 +119,22 @@ def kd_rows(
     mode: str,
     hard: bool = True,
     soft: bool = True,
+    z_loss: bool = False,
     **changes: Any,
 ) -> Case:
-    vectors = ("hard_scale", "soft_scale", "hard", "soft", "stats")
-    types = argument_types(dtype, tiles["PEEL"], ("z", "u", "dz"), vectors, ("c_t", "c_s", "w", "smoothing"))
+    kernel = KERNELS.get(mode, slice_gradient_kernel if mode == "grad" else kd_rows_kernel)
+    types = argument_types(kernel, dtype, tiles["PEEL"], ("z", "u", "dz"))
     mix = mix_of(member)
     constants = tiles | dict(
-        FORMULA=int(member.formula), MIX=int(mix), MOMENT=moment_rule(member.formula, mix), POWER=2, SMOOTH=False,
-        FROM_STATS=mode == "grad",
+        FORMULA=int(member.formula), MIX=int(mix), BALANCED=member.c_s * member.w == member.c_t * (1.0 - member.w),
+        MOMENT=moment_rule(member.formula, mix), POWER=2, SMOOTH=False, MAX=config.MAX_SLICES,
     ) | changes  # fmt: skip
-    absent = {"fused": (), "loss": ("dz_ptr",), "grad": ("hard_ptr", "soft_ptr")}[mode]
+    absent = {"loss": ("dz_ptr",), "grad": ("hard_ptr", "soft_ptr", "states_ptr", "sums_ptr")}.get(mode, ())
     absent += () if hard else ("y_ptr", "hard_scale_ptr")
     absent += () if soft else ("u_ptr", "soft_scale_ptr")
-    return f"kd_rows-{name}", kd_rows_kernel, types, constants | dict.fromkeys(absent)
+    absent += () if z_loss else ("z_scale_ptr",)
+    constants |= dict.fromkeys(absent)
+    return f"kd_rows-{name}", kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}
 
 
 def mix_of(member: Divergence) -> Mix:
@@ -111,12 +142,17 @@ def mix_of(member: Divergence) -> Mix:
 
 
 def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], target: GPUTarget) -> Any:
+    gpu = config.Gpu(target.arch, target.warp_size, 1, 1)
     constants = dict(constants)
     if "WIDTH" in constants:
-        options = dict(hidden_options(constants.pop("WIDTH"), target.warp_size))
+        options = config.hidden_options(gpu, constants.pop("WIDTH"))
     else:
-        options = dict(launch_options(LARGE, target.warp_size, heavy=constants.get("MIX") == Mix.BOTH))
+        whole = kernel is kd_rows_kernel and config.is_heavy(gpu, constants["MIX"], constants["PEEL"])
+        in_slices = kernel in KERNELS.values() and "states_ptr" not in constants
+        options = config.launch_options(gpu, LARGE, constants["VEC"], heavy=whole or in_slices)
     constants["BLOCK"] = options.pop("BLOCK")
+    if "FAST_LOG" in kernel.arg_names:
+        constants["FAST_LOG"] = gpu.is_nvidia
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -138,14 +174,10 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         return {
             "spills": spills,
             "registers": registers,
-            "loads_16": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
-            "stores_16": len(re.findall(r"(?:global|buffer)_store_dwordx4", text)),
+            "loads_16": len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", text)),
+            "stores_16": len(re.findall(r"(?:global|buffer)_store_(?:dwordx4|b128)", text)),
         }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = cuobjdump(compiled, "--dump-resource-usage")
     text = compiled.asm["ptx"]
     return {
         "spills": sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
@@ -155,13 +187,26 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     }
 
 
+def cuobjdump(compiled: Any, *arguments: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def main() -> None:
     target = TARGETS[sys.argv[1]]
     only = sys.argv[2] if len(sys.argv) > 2 else ""
     result = {}
-    for name, kernel, types, constants in cases():
+    for name, kernel, types, constants in cases(sys.argv[1]):
         if only in name:
-            result[name] = resources(compile_case(kernel, types, constants, target), target)
+            compiled = compile_case(kernel, types, constants, target)
+            result[name] = resources(compiled, target)
+            if name in COUNTED and target.arch == 90:
+                code, threads = cuobjdump(compiled, "--dump-sass"), 32 * compiled.metadata.num_warps
+                block = threads * constants["VEC"] * config.VECTORS_PER_THREAD
+                result[name]["a_column"] = instructions_a_column(code, LARGE, block, threads)
     print(json.dumps(result))
 
 

@@ -27,6 +27,8 @@ CALLS: dict[str, tuple[int, int, int, tuple[int, float, float, float]]] = {
     "another vocabulary": (7, 501, 0, (0, 0.5, 0.5, 0.5)),
     "another beta": (7, 500, 0, (0, 0.3, 0.7, 0.3)),
     "labels off a boundary": (7, 500, 1, (0, 0.5, 0.5, 0.5)),
+    "few long rows": (3, 50000, 0, (0, 0.5, 0.5, 0.5)),
+    "one long row": (1, 50000, 0, (0, 0.3, 0.7, 0.3)),
     "another structure": (7, 500, 0, (0, 1.0, 0.0, 0.0)),
 }
 
@@ -47,7 +49,7 @@ class Driver:
 def call(rows: int, columns: int, offset: int, divergence: tuple[int, float, float, float]) -> None:
     z, u, dz = (torch.empty(1, rows, columns, dtype=torch.bfloat16) for _ in range(3))
     labels = torch.zeros(rows + offset, dtype=torch.int64)[offset:]
-    hard, soft, lse, stats = (torch.ones(rows, width).squeeze(1) for width in (1, 1, 2, 7))
+    hard, soft, lse, stats = (torch.ones(rows, width).squeeze(1) for width in (1, 1, 2, 8))
     spec = RowSpec(2.0, *divergence, 0.0, columns)
     kd_rows.kd_rows(Rows(z, u, labels, hard, soft), spec, hard, soft, stats, dz)
     kd_rows.kd_rows(Rows(z, u, labels, hard, soft), spec, None, None, stats, dz)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkd.kernels.config import MAX_BLOCK, alignment, launch_options
+from fastkd.kernels.config import CACHE_SHARE, GPUS, LEAST_SHARE, alignment, launch_options, programs_of, slices_of
 
 
 def matrix(
@@ -37,12 +37,52 @@ def test_alignment(matrices: list[torch.Tensor | None], vec: int, peel: bool) ->
     assert alignment(*matrices) == {"VEC": vec, "PEEL": peel}
 
 
-@pytest.mark.parametrize(("columns", "block"), [(1, 128), (128, 128), (129, 256), (2048, 2048), (151936, MAX_BLOCK)])
-def test_tiles(columns: int, block: int) -> None:
-    """Eight columns a thread, whatever a warp is, as far as a tile has them."""
-    for lanes in (32, 64):
-        options = launch_options(columns, lanes)
+@pytest.mark.parametrize(
+    ("columns", "vec", "block", "threads"),
+    [
+        (1, 8, 512, 32),
+        (512, 8, 512, 32),
+        (513, 8, 1024, 64),
+        (32000, 8, 4096, 256),
+        (128256, 8, 8192, 512),
+        (32000, 4, 2048, 256),
+        (128256, 4, 4096, 512),
+    ],
+)
+def test_tiles(columns: int, vec: int, block: int, threads: int) -> None:
+    """Two vectors a thread, whatever a warp is, as far as a tile has them."""
+    for gpu in (GPUS["H100"], GPUS["MI300X"]):
+        options = launch_options(gpu, columns, vec)
         assert options["BLOCK"] == block
-        assert options["num_warps"] == max(1, block // (8 * lanes))
-        assert ("maxnreg" in options) == (lanes == 32)
-    assert launch_options(columns, 32, heavy=True)["maxnreg"] > launch_options(columns, 32)["maxnreg"]
+        assert options["num_warps"] == max(1, threads // gpu.lanes)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_second_read_is_from_the_cache(name: str) -> None:
+    """Of both logits in bfloat16, unless so few programs were left that reading from memory is faster."""
+    gpu = GPUS[name]
+    fits = {}
+    for columns in (1000, 32000, 50257, 128256, 151936, 256000):
+        row_bytes = 2 * 2 * columns
+        warps = launch_options(gpu, columns, 8)["num_warps"]
+        full = gpu.processors * (512 // (warps * gpu.lanes))
+        programs = programs_of(gpu, 4096, row_bytes, warps)
+        fits[columns] = programs * row_bytes <= CACHE_SHARE * gpu.cache
+        assert fits[columns] or programs == full
+        assert programs >= LEAST_SHARE * full
+        assert programs_of(gpu, 3, row_bytes, warps) == 3
+    assert fits[1000] and fits[32000]
+    assert fits[128256]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 65, 66, 67, 4096])
+@pytest.mark.parametrize("columns", [1, 4095, 50257, 128256])
+def test_slices(rows: int, columns: int) -> None:
+    """A row is split where that gives idle processors work, into slices of whole tiles that hold a head too."""
+    gpu, vec = GPUS["H100"], 8
+    slices, width = slices_of(gpu, rows, columns, vec)
+    assert (slices - 1) * width < columns + vec <= slices * width
+    assert rows * slices <= gpu.processors or slices == 1
+    assert width % launch_options(gpu, width, vec)["BLOCK"] == 0 or slices == 1
+    if columns > 50000:
+        assert (slices > 1) == (rows <= gpu.processors // 2)

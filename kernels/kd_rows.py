@@ -3,7 +3,8 @@
 Math    b = log softmax(z/T), a = log softmax(u/T); hard = lse(z) − z_y; soft = Σ term(a, b); G = Σ g(a, b);
         dz = hard_scale·(softmax(z) − 1_y) + soft_scale/T·(g − p_s·G).
         With t = lse of the columns other than y, less z_y: hard = softplus(t), 1 − p_y = sigmoid(t), both with all
-        their digits as p_y → 1. Label smoothing ε adds ε·(z_y − mean z) to hard and ε·(1_y − 1/n) to its gradient.
+        their digits as p_y → 1. Label smoothing ε adds ε·(z_y − mean z) to hard and ε·(1_y − 1/n) to its gradient;
+        a z-loss, 2·z_scale·lse(z)·softmax(z) to dz.
 Stages  1 normalisers, walking forward; 2 sums of term and g; 3 gradient. Stages 2 and 3 walk back, since the row's
         tail is still in L2. S comes with stage 1 where a mean of d gives it, and stage 2 is left out; where that mean
         has not the digits, or there is none, stage 2 sums S and G.
@@ -75,20 +76,25 @@ SUMS = tl.constexpr(4)
 FREE = {
     "do_not_specialize": ["rows", "inner_rows", "slices"],
     "do_not_specialize_on_alignment": [
-        "y_ptr", "hard_scale_ptr", "soft_scale_ptr", "hard_ptr", "soft_ptr", "stats_ptr", "states_ptr", "sums_ptr",
+        "y_ptr", "hard_scale_ptr", "soft_scale_ptr", "z_scale_ptr", "hard_ptr", "soft_ptr", "stats_ptr", "states_ptr",
+        "sums_ptr",
     ],
 }  # fmt: skip
 
 
 @triton.jit
-def row_scales(hard_scale_ptr, soft_scale_ptr, row):
+def row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row):
+    """(of the hard and the soft term, of the z-loss, whether the row counts)"""
     hard_scale = 0.0
     soft_scale = 0.0
+    z_scale = 0.0
     if hard_scale_ptr is not None:
         hard_scale = tl.load(hard_scale_ptr + row)
     if soft_scale_ptr is not None:
         soft_scale = tl.load(soft_scale_ptr + row)
-    return hard_scale, soft_scale
+    if z_scale_ptr is not None:
+        z_scale = tl.load(z_scale_ptr + row)
+    return hard_scale, soft_scale, z_scale, (hard_scale != 0.0) | (soft_scale != 0.0) | (z_scale != 0.0)
 
 
 @triton.jit
@@ -136,7 +142,7 @@ def store_row(
 
 @triton.jit
 def gradient(
-    z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, soft_scale,
+    z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, soft_scale, z_scale,
     z_shift, u_shift, log_h, log_s, log_r, grad_sum, rest, form, inv_t, c_t, c_s, w, smoothing, n,
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, POWER: tl.constexpr, FAST_LOG: tl.constexpr,
     HARD: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr,
@@ -145,6 +151,9 @@ def gradient(
     """Stage 3 in the row's form of g."""
     label_grad = hard_scale * (smoothing - rest)
     smooth_grad = hard_scale * (smoothing / n)
+    z_grad = tl.where(z_scale != 0.0, 2.0 * z_scale * (z_shift + log_h), 0.0)  # of softmax(z), at the label too
+    label_grad += z_grad * (1.0 - rest)
+    hard_scale += z_grad
     TWO_FORMS: tl.constexpr = SOFT and (MIX != MIX_TEACHER or FORMULA == TOTAL_VARIATION)
     is_near = False
     if TWO_FORMS:
@@ -165,22 +174,23 @@ def gradient(
 
 @triton.jit(**FREE)
 def kd_rows_kernel(
-    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, hard_ptr, soft_ptr, stats_ptr, dz_ptr,
+    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, hard_ptr, soft_ptr, stats_ptr, dz_ptr,
     rows, inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
     n, columns, temperature, c_t, c_s, w, smoothing,
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
     SMOOTH: tl.constexpr, FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """All stages of whole rows."""
-    HARD: tl.constexpr = y_ptr is not None
+    LABELS: tl.constexpr = y_ptr is not None
+    HARD: tl.constexpr = LABELS or z_scale_ptr is not None
     SOFT: tl.constexpr = u_ptr is not None
     GRAD: tl.constexpr = dz_ptr is not None
     inv_t = 1.0 / temperature
     k = inv_t * LOG2_E
     for turn in tl.range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
         row = tl.program_id(0) + turn * tl.num_programs(0)
-        hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
-        if (hard_scale == 0.0) & (soft_scale == 0.0):
+        hard_scale, soft_scale, z_scale, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
+        if not counts:
             tl.store(hard_ptr + row, 0.0)
             tl.store(soft_ptr + row, 0.0)
             if GRAD:
@@ -195,7 +205,7 @@ def kd_rows_kernel(
             label = label_column(y_ptr, row, n, head)
             z_y = 0.0
             anchor = 0.0
-            if HARD:  # before stage 1, whose barriers keep it from other warps' stores where dz is z
+            if LABELS:  # before stage 1, whose barriers keep it from other warps' stores where dz is z
                 z_y, anchor = label_logit(z_row, label, head)
             z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
                 z_row, u_row, head, length, label, k, anchor,
@@ -208,8 +218,10 @@ def kd_rows_kernel(
             hard = 0.0
             log_h = 0.0
             rest = 0.0
-            if HARD:
+            if LABELS:
                 hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+            elif HARD:
+                log_h = tl.log(sum_h)
             soft = 0.0
             grad_sum = 0.0
             form = 0.0
@@ -245,7 +257,7 @@ def kd_rows_kernel(
             if GRAD:
                 dz_row = dz_ptr + align(row_start(row, inner_rows, dz_outer, dz_inner), VEC, PEEL)[0]
                 gradient(
-                    z_row, u_row, dz_row, head, length, label, hard_scale, soft_scale,
+                    z_row, u_row, dz_row, head, length, label, hard_scale, soft_scale, z_scale,
                     z_shift, u_shift, log_h, log_s, log_r, grad_sum, rest, form, inv_t, c_t, c_s, w, smoothing, n,
                     FORMULA, MIX, BALANCED, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
                 )  # fmt: skip
@@ -254,18 +266,19 @@ def kd_rows_kernel(
 
 @triton.jit(**FREE)
 def slice_state_kernel(
-    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, states_ptr,
+    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, states_ptr,
     inner_rows, z_outer, z_inner, u_outer, u_inner, n, width, temperature,
     FORMULA: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Stage 1 of a slice: its state [N, slices, STATE]."""
-    HARD: tl.constexpr = y_ptr is not None
+    LABELS: tl.constexpr = y_ptr is not None
+    HARD: tl.constexpr = LABELS or z_scale_ptr is not None
     SOFT: tl.constexpr = u_ptr is not None
     row = tl.program_id(0)
     part = tl.program_id(1)
-    hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
-    if (hard_scale == 0.0) & (soft_scale == 0.0):
+    _, _, _, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
+    if not counts:
         return
     k = 1.0 / temperature * LOG2_E
     row_at, head = align(row_start(row, inner_rows, z_outer, z_inner), VEC, PEEL)
@@ -273,7 +286,7 @@ def slice_state_kernel(
     label = label_column(y_ptr, row, n, head)
     z_y = 0.0
     anchor = 0.0
-    if HARD:
+    if LABELS:
         z_y, anchor = label_logit(z_ptr, label, head)
     start, head, length, label = slice_at(part, width, head, n + head, label)
     if SOFT:
@@ -318,7 +331,7 @@ def merged_state(
 
 @triton.jit(**FREE)
 def slice_sums_kernel(
-    z_ptr, u_ptr, hard_scale_ptr, soft_scale_ptr, states_ptr, sums_ptr,
+    z_ptr, u_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, states_ptr, sums_ptr,
     inner_rows, z_outer, z_inner, u_outer, u_inner, n, width, temperature, c_t, c_s, w,
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, FAST_LOG: tl.constexpr,
     MAX: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
@@ -326,8 +339,8 @@ def slice_sums_kernel(
     """Stage 2 of a slice, where the row's state does not tell S and G: its sums [N, slices, SUMS]."""
     row = tl.program_id(0)
     part = tl.program_id(1)
-    hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
-    if (hard_scale == 0.0) & (soft_scale == 0.0):
+    _, _, _, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
+    if not counts:
         return
     slices = tl.num_programs(1)
     inv_t = 1.0 / temperature
@@ -357,7 +370,8 @@ def slice_sums_kernel(
 
 @triton.jit(**FREE)
 def slice_gradient_kernel(
-    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, hard_ptr, soft_ptr, stats_ptr, states_ptr, sums_ptr, dz_ptr,
+    z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, hard_ptr, soft_ptr, stats_ptr, states_ptr,
+    sums_ptr, dz_ptr,
     inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
     n, columns, width, slices, temperature, c_t, c_s, w, smoothing,
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
@@ -365,14 +379,15 @@ def slice_gradient_kernel(
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Stage 3 of a slice from the row's statistics; if there are states, these come from them, and the losses too."""
-    HARD: tl.constexpr = y_ptr is not None
+    LABELS: tl.constexpr = y_ptr is not None
+    HARD: tl.constexpr = LABELS or z_scale_ptr is not None
     SOFT: tl.constexpr = u_ptr is not None
     GRAD: tl.constexpr = dz_ptr is not None
     FROM_STATES: tl.constexpr = states_ptr is not None
     row = tl.program_id(0)
     part = tl.program_id(1)
-    hard_scale, soft_scale = row_scales(hard_scale_ptr, soft_scale_ptr, row)
-    if (hard_scale == 0.0) & (soft_scale == 0.0):
+    hard_scale, soft_scale, z_scale, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
+    if not counts:
         if FROM_STATES:
             if part == 0:
                 tl.store(hard_ptr + row, 0.0)
@@ -397,9 +412,11 @@ def slice_gradient_kernel(
         )
         z_shift, u_shift, log_s, log_r = normalisers(z_peak, u_peak, sum_s, sum_t, SOFT)
         hard = 0.0
-        if HARD:
+        if LABELS:
             z_y = tl.where(label < 0, float("nan"), z_y)
             hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+        elif HARD:
+            log_h = tl.log(sum_h)
         soft = 0.0
         if SOFT:
             has_digits = False
@@ -438,7 +455,7 @@ def slice_gradient_kernel(
             u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start
         dz_ptr += align(row_start(row, inner_rows, dz_outer, dz_inner), VEC, PEEL)[0]
         gradient(
-            z_ptr + row_at + start, u_ptr, dz_ptr + start, slice_head, length, label, hard_scale, soft_scale,
+            z_ptr + row_at + start, u_ptr, dz_ptr + start, slice_head, length, label, hard_scale, soft_scale, z_scale,
             z_shift, u_shift, log_h, log_s, log_r, grad_sum, rest, form, inv_t, c_t, c_s, w, smoothing, n,
             FORMULA, MIX, BALANCED, POWER, FAST_LOG, HARD, SOFT, SMOOTH, BLOCK, VEC, PEEL,
         )  # fmt: skip
@@ -449,7 +466,7 @@ def slice_gradient_kernel(
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     """Losses and statistics, and the gradient if ``grad`` is given, whose dtype is its own; without ``hard`` the
     gradient from statistics."""
-    z, u, y, hard_scale, soft_scale, _ = rows
+    z, u, y, hard_scale, soft_scale, z_scale = rows
     outer, inner, columns = z.shape
     count = outer * inner
     if count == 0:
@@ -472,7 +489,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             row_bytes = columns * (z.element_size() + (0 if u is None else u.element_size()))
             least = LEAST_SHARE_OF_THREE if kind["MOMENT"] == MOMENT_NONE else LEAST_SHARE
             kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"], least),)](
-                z, u, y, hard_scale, soft_scale, hard, soft, stats, grad,
+                z, u, y, hard_scale, soft_scale, z_scale, hard, soft, stats, grad,
                 count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, spec.label_smoothing,
                 **kind, **hard_kind, **tiles, **options,
             )  # fmt: skip
@@ -484,17 +501,17 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             states = torch.empty(count, slices, STATE.value, device=z.device)
             moment_kind = {name: kind[name] for name in ("FORMULA", "MOMENT")}
             slice_state_kernel[grid](
-                z, u, y, hard_scale, soft_scale, states, *inputs, n, width, spec.temperature,
+                z, u, y, hard_scale, soft_scale, z_scale, states, *inputs, n, width, spec.temperature,
                 **moment_kind, **hard_kind, **tiles, **options,
             )  # fmt: skip
         if states is not None and u is not None:
             sums = torch.empty(count, slices, SUMS.value, device=z.device)
             slice_sums_kernel[grid](
-                z, u, hard_scale, soft_scale, states, sums, *inputs, n, width, spec.temperature, *weights,
+                z, u, hard_scale, soft_scale, z_scale, states, sums, *inputs, n, width, spec.temperature, *weights,
                 **kind, MAX=MAX_SLICES, **tiles, **options,
             )  # fmt: skip
         slice_gradient_kernel[grid if grad is not None else (count, 1)](
-            z, u, y, hard_scale, soft_scale, hard, soft, stats, states, sums, grad,
+            z, u, y, hard_scale, soft_scale, z_scale, hard, soft, stats, states, sums, grad,
             *inputs, *row_strides(grad), n, columns, width, slices, spec.temperature, *weights, spec.label_smoothing,
             **kind, **hard_kind, MAX=MAX_SLICES, **tiles, **options,
         )  # fmt: skip

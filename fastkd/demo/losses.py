@@ -1,4 +1,4 @@
-"""The three losses that the demo compares: one signature, so that a training loop changes by one line."""
+"""The losses that the demo compares: one signature, so that a training loop changes by one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import fastkd
 
 # (student logits [N, V], teacher logits [N, V] or None, labels [N], temperature, weight of the labels) -> scalar
 Loss = Callable[[Tensor, Tensor | None, Tensor, float, float], Tensor]
+HiddenLoss = Callable[[fastkd.LinearLogits, fastkd.LinearLogits | None, Tensor, float, float], Tensor]
+CHUNK_ROWS = 128
 
 
 def labels_only(
@@ -41,4 +43,23 @@ def fastkd_kd(
     return loss
 
 
+def fastkd_from_hidden_states(
+    student: fastkd.LinearLogits,
+    teacher: fastkd.LinearLogits | None,
+    labels: Tensor,
+    temperature: float,
+    hard_weight: float,
+) -> Tensor:
+    """The same loss; the number of rows is for batches whose logits are fewer than the default lets exist at once."""
+    assert teacher is not None
+    loss = fastkd.kd_loss(
+        student, teacher, labels, temperature=temperature, hard_weight=hard_weight, soft_weight=1.0 - hard_weight,
+        chunk_rows=CHUNK_ROWS,
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)
+    return loss
+
+
 LOSSES: dict[str, Loss] = {"labels": labels_only, "usual": usual_kd, "fastkd": fastkd_kd}
+# For models that can stop before their logits.
+FROM_HIDDEN_STATES: dict[str, HiddenLoss] = {"hidden": fastkd_from_hidden_states}

@@ -1,4 +1,4 @@
-"""Peak memory of a loss, forward and backward, beyond the two sets of logits it is given.
+"""Peak memory of a loss, forward and backward, beyond the two sets of logits, or of hidden states, that it is given.
 
 On a GPU it is what PyTorch's allocator counts. On a CPU it is the resident memory that the operating system counts, in
 a process of its own (this module run as a program), so that nothing but the loss shows.
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from fastkd.demo.losses import LOSSES
+from fastkd import LinearLogits
+from fastkd.demo.losses import FROM_HIDDEN_STATES, LOSSES
 
 STATUS = Path("/proc/self/status")
+WIDTH = 128  # of the hidden states
 
 
 def peak_bytes(loss: str, rows: int, classes: int, device: torch.device) -> int | None:
@@ -33,9 +35,16 @@ def how(device: torch.device) -> str:
 
 def _measure(loss: str, rows: int, classes: int, device: torch.device) -> int:
     for size in (2, rows):  # the first call loads what the loss needs besides
-        student = torch.randn(size, classes, device=device).requires_grad_()
-        teacher = torch.randn(size, classes, device=device)
+        columns = WIDTH if loss in FROM_HIDDEN_STATES else classes
+        student = torch.randn(size, columns, device=device).requires_grad_()
+        teacher = torch.randn(size, columns, device=device)
         labels = torch.zeros(size, dtype=torch.long, device=device)
+        if loss in FROM_HIDDEN_STATES:
+            head, teacher_head = (torch.randn(classes, WIDTH, device=device) for _ in range(2))
+            of_student, of_teacher = LinearLogits(student, head.requires_grad_()), LinearLogits(teacher, teacher_head)
+            before = _now(device)
+            FROM_HIDDEN_STATES[loss](of_student, of_teacher, labels, 2.0, 0.1).backward()  # type: ignore[no-untyped-call]
+            continue
         before = _now(device)
         LOSSES[loss](student, teacher, labels, 2.0, 0.1).backward()  # type: ignore[no-untyped-call]
     return _peak(device) - before

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fastkd
+
 
 class Block(nn.Module):
     """Pre-norm causal attention and a feed-forward layer; both start as the identity."""
@@ -50,8 +52,12 @@ class LanguageModel(nn.Module):
         self.bias = nn.Parameter(log_frequencies.clone())
 
     def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(*self.before_logits(ids)[:3])
+
+    def before_logits(self, ids: Tensor) -> fastkd.LinearLogits:
+        """The logits, not yet computed."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        return F.linear(self.norm(self.blocks(x)), self.tokens.weight, self.bias)
+        return fastkd.LinearLogits(self.norm(self.blocks(x)), self.tokens.weight, self.bias)
 
 
 def mlp(inputs: int, hidden: int, classes: int) -> nn.Module:

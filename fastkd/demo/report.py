@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fastkd import __version__
 from fastkd.demo import memory
+from fastkd.demo.losses import CHUNK_ROWS
 from fastkd.demo.picture import draw
 from fastkd.demo.training import Comparison, Run, Task, Track
 
@@ -26,6 +27,7 @@ NAMES = {
     "labels": "Student, labels only",
     "usual": "Student, KD, usual loss",
     "fastkd": "Student, KD, fastkd",
+    "hidden": "Student, KD, fastkd from hidden states",
 }
 # Bytes of logits below which the resident memory of a process, in pages, tells nothing about the loss.
 SMALLEST_MEASURED = 2**20
@@ -55,7 +57,7 @@ def progress(console: Console) -> Iterator[Track]:
     with Progress(*columns, console=console, disable=not live) as bars:
 
         def track(name: str, steps: int) -> Callable[[Run], None]:
-            description = f"{NAMES[name]:<23}"
+            description = f"{NAMES[name]:<38}"
             bar = bars.add_task(description, total=steps, state="")
 
             def on_step(run: Run) -> None:
@@ -101,7 +103,7 @@ def _table(task: Task, comparison: Comparison, peaks: dict[str, int | None]) -> 
             NAMES[name],
             f"{run.final:.3f}",
             _milliseconds(run.step_seconds),
-            _milliseconds(run.loss_seconds),
+            _milliseconds(run.loss_seconds) + ("*" if name == "hidden" else ""),
             *([f"{peak / 2**20:.0f}"] if peak else []),
         )
     return table
@@ -141,6 +143,11 @@ def _findings(task: Task, comparison: Comparison, peaks: dict[str, int | None], 
     )
     if any(peaks.values()):
         note += f" Memory: the peak beyond the two sets of logits, by {memory.how(device)}."
+    if "hidden" in comparison.students:
+        note += (
+            f" From hidden states: {CHUNK_ROWS} rows at a time; the memory has the logits in it, and "
+            "the loss alone (*) has the products with the output matrices in it."
+        )
     yield f"[dim]{note}[/dim]"
 
 

@@ -67,6 +67,7 @@ def make_task(seed: int, device: torch.device) -> Task:
         student=Recipe(lambda: model(width=128, layers=1, heads=4).to(device), batches, steps=80, learning_rate=5e-3),
         temperature=2.0,
         hard_weight=0.1,
+        has_hidden_states=True,
     )
 
 

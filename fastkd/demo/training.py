@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastkd.demo.losses import LOSSES, Loss, labels_only
+from fastkd import LinearLogits
+from fastkd.demo.losses import FROM_HIDDEN_STATES, LOSSES, HiddenLoss, Loss, labels_only
 
 Batch = tuple[Tensor, Tensor]  # inputs, labels
 
@@ -44,6 +46,7 @@ class Task:
     student: Recipe
     temperature: float
     hard_weight: float
+    has_hidden_states: bool = False  # the models can stop before their logits
 
     def quick(self) -> Task:
         """A quarter of each batch. (A quarter of the steps would take no longer, and teach much less.)"""
@@ -72,7 +75,7 @@ class Comparison:
 
     @property
     def differences(self) -> list[float]:
-        """Between the two KD training-loss curves, step by step."""
+        """Between the two KD training-loss curves from logits, step by step."""
         return [abs(a - b) for a, b in zip(self.students["usual"].losses, self.students["fastkd"].losses, strict=True)]
 
     @property
@@ -85,14 +88,15 @@ Track = Callable[[str, int], Callable[[Run], None]]
 
 
 def compare(task: Task, seed: int, track: Track) -> Comparison:
-    """Train the teacher, then three students that differ in the loss alone."""
+    """Train the teacher, then students that differ in the loss alone."""
     teacher = train(task, task.teacher, None, {"teacher": labels_only}, 2 * seed, track)["teacher"]
-    students = train(task, task.student, teacher.model, LOSSES, 2 * seed + 1, track)
+    losses = {**LOSSES, **FROM_HIDDEN_STATES} if task.has_hidden_states else LOSSES
+    students = train(task, task.student, teacher.model, losses, 2 * seed + 1, track)
     return Comparison(teacher.run, {name: student.run for name, student in students.items()})
 
 
 def train(
-    task: Task, recipe: Recipe, teacher: nn.Module | None, losses: dict[str, Loss], seed: int, track: Track
+    task: Task, recipe: Recipe, teacher: nn.Module | None, losses: dict[str, Any], seed: int, track: Track
 ) -> dict[str, Trainee]:
     """One model for each loss, alike but for that: on each batch all take a step.
 
@@ -117,7 +121,7 @@ def train(
 class Trainee:
     """A model, how it is trained, and its run."""
 
-    def __init__(self, recipe: Recipe, loss: Loss, teacher: nn.Module | None, seed: int) -> None:
+    def __init__(self, recipe: Recipe, loss: Loss | HiddenLoss, teacher: nn.Module | None, seed: int) -> None:
         torch.manual_seed(seed)
         self.model, self.loss, self.teacher = recipe.model(), loss, teacher
         self.optimizer = torch.optim.AdamW(
@@ -132,24 +136,33 @@ class Trainee:
 
     def step(self, task: Task, inputs: Tensor, labels: Tensor) -> None:
         started = _now(inputs)
-        logits = self.model(inputs).flatten(0, -2)
+        self.optimizer.zero_grad()
+        student = self.given(self.model, inputs)
         with torch.no_grad():
-            teacher_logits = None if self.teacher is None else self.teacher(inputs).flatten(0, -2)
+            teacher = None if self.teacher is None else self.given(self.teacher, inputs)
 
-        # The loss's backward ends at the logits, to be timed apart from the model's.
-        leaf = logits.detach().requires_grad_()
+        # The loss's backward ends at what it is given, to be timed apart from the model's.
+        output = student.hidden if isinstance(student, LinearLogits) else student
+        leaf = output.detach().requires_grad_()
+        student = student._replace(hidden=leaf) if isinstance(student, LinearLogits) else leaf
         loss_started = _now(inputs)
-        loss = self.loss(leaf, teacher_logits, labels.flatten(), task.temperature, task.hard_weight)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self.loss(student, teacher, labels.flatten(), task.temperature, task.hard_weight)
+        loss.backward()
         self.run.loss_seconds.append(_now(inputs) - loss_started)
 
-        self.optimizer.zero_grad()
-        logits.backward(leaf.grad)
+        output.backward(leaf.grad)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.run.step_seconds.append(_now(inputs) - started)
         self.run.losses.append(loss.item())
+
+    def given(self, model: nn.Module, inputs: Tensor) -> Any:
+        """What the loss takes, one row a token: logits, or what comes before them."""
+        if self.loss not in FROM_HIDDEN_STATES.values():
+            return model(inputs).flatten(0, -2)
+        source = model.before_logits(inputs)  # type: ignore[operator]
+        return source._replace(hidden=source.hidden.flatten(0, -2))
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ def toy_task(ids):
         student=recipe,
         temperature=2.0,
         hard_weight=0.1,
+        has_hidden_states=True,
     )
 
 
@@ -102,8 +103,9 @@ def test_a_few_steps_agree_and_repeat(files, tokenizer):
     ids = text.encode(tokenizer, random.Random(0).sample(text.read(files, 50_000), 3))
     seen = []
     comparison = compare(toy_task(ids), seed=3, track=lambda name, steps: lambda run: seen.append(name))
-    assert seen == ["teacher"] * 4 + ["labels", "usual", "fastkd"] * 4
+    assert seen == ["teacher"] * 4 + ["labels", "usual", "fastkd", "hidden"] * 4
     assert max(comparison.differences) < 1e-5
+    assert comparison.students["hidden"].losses == pytest.approx(comparison.students["fastkd"].losses, abs=1e-5)
     assert comparison.teacher.final < comparison.teacher.held_out[0]
     again = compare(toy_task(ids), seed=3, track=silent)
     assert again.students["fastkd"].losses == comparison.students["fastkd"].losses
@@ -139,6 +141,6 @@ def test_a_quick_task_has_a_quarter_of_each_batch():
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="the system does not tell a process's peak memory")
 def test_peak_memory_is_at_least_the_gradient():
-    rows, classes = 512, 8192
-    usual, fast = (memory.peak_bytes(name, rows, classes, CPU) for name in ("usual", "fastkd"))
-    assert 4 * rows * classes <= fast < usual
+    rows, classes = 1024, 8192
+    usual, fast, hidden = (memory.peak_bytes(name, rows, classes, CPU) for name in ("usual", "fastkd", "hidden"))
+    assert hidden < 4 * rows * classes <= fast < usual

@@ -83,6 +83,7 @@ def cases(target: str) -> Iterator[Case]:
     if thorough:
         yield kd_rows("soft-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", hard=False)
         yield kd_rows("hard-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", soft=False)
+        yield kd_rows("z-loss-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", z_loss=True)
         yield kd_rows("smooth-fused-bf16", "bf16", tiles, MEMBERS[0], "fused", POWER=0, SMOOTH=True)
 
 
@@ -118,6 +119,7 @@ def kd_rows(
     mode: str,
     hard: bool = True,
     soft: bool = True,
+    z_loss: bool = False,
     **changes: Any,
 ) -> Case:
     kernel = KERNELS.get(mode, slice_gradient_kernel if mode == "grad" else kd_rows_kernel)
@@ -130,6 +132,7 @@ def kd_rows(
     absent = {"loss": ("dz_ptr",), "grad": ("hard_ptr", "soft_ptr", "states_ptr", "sums_ptr")}.get(mode, ())
     absent += () if hard else ("y_ptr", "hard_scale_ptr")
     absent += () if soft else ("u_ptr", "soft_scale_ptr")
+    absent += () if z_loss else ("z_scale_ptr",)
     constants |= dict.fromkeys(absent)
     return f"kd_rows-{name}", kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}
 

@@ -468,12 +468,12 @@ struct KDRow {
     }
 };
 
-// Of an SM. Walks that load take more registers where they sum, or convert from any dtype.
-template <class T, bool kSummed, bool kResident>
-constexpr int kBlocks = kSummed && (kPairsRegisters || !kResident) ? 2 : sizeof(T) == 4 && !kResident ? 2 : 3;
+// Of an SM. Walks that load take more registers.
+template <bool kSummed, bool kResident>
+constexpr int kBlocks = kResident && !(kSummed && kPairsRegisters) ? 3 : 2;
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<T, kSoft && kMomentOf<Functor> == Moment::kNone, kResident>))
+FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<kSoft && kMomentOf<Functor> == Moment::kNone, kResident>))
 kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
     FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(RowNumbers, numbers);

@@ -89,9 +89,11 @@ def linear_rows(
     and their hidden states, which may be NaN, are taken for 0.
     """
     is_cpu = losses[0].is_cpu
-    counts = functools.reduce(torch.logical_or, (scale != 0 for scale in vectors[1:] if scale is not None))
+    counts: Tensor | None = functools.reduce(
+        torch.logical_or, (scale != 0 for scale in vectors[1:] if scale is not None)
+    )
     counted = None
-    if _looking_is_free(counts):
+    if counts is not None and _looking_is_free(counts):
         counted = None if bool(counts.all()) else counts.nonzero().squeeze(1)
         counts = None
     if counted is not None:
@@ -110,7 +112,7 @@ def linear_rows(
         views = iter(row_views(*(t for t in (z, u, dz) if t is not None)))
         part = Rows(next(views), None if u is None else next(views), *(v if v is None else v[rows] for v in vectors))
         hard, soft, stats = of_chunk
-        _dispatch.choose(z, backend, u).kd_rows(part, spec, hard, soft, stats, next(views, None))
+        _dispatch.choose(z, backend, u, part.operation).kd_rows(part, spec, hard, soft, stats, next(views, None))
         for whole, some in zip(losses, of_chunk, strict=True):
             whole[rows] = some
         if dz is not None:

@@ -158,7 +158,7 @@ LIMITS = (9, 227 << 10, 228 << 10, RESERVED)  # of sm_90, as plans() takes them
 TENSORS = 2
 
 
-def counted(code: str, walks: int, item: int) -> dict[str, Any]:
+def counted(code: sass.Code, walks: int, item: int) -> dict[str, Any]:
     """What :data:`RECORD` holds of a kernel's machine code."""
     vector = sass.VECTOR // item
 
@@ -178,12 +178,11 @@ def counted(code: str, walks: int, item: int) -> dict[str, Any]:
         Want("gradient", lambda turn: is_walk(turn, exponentials=True, stores=True), turns),
     )
 
-    parsed = sass.parse(code)
     labelled = {"LDG.E.64": 1}  # the hard term too: its label is fetched
-    row = sass.row(parsed, wants, labelled)
+    row = sass.row(code, wants, labelled)
     # The first warp exchanges, and takes the normalisers' and the label's quotients and exponentials.
     more = {name: total(row.outside, name) + 3 for name in ("MUFU.RCP", "MUFU.EX2")}
-    first = sass.row(parsed, wants, {**labelled, "SYNCS.PHASECHK": walks, "STAS": walks, **more})
+    first = sass.row(code, wants, {**labelled, "SYNCS.PHASECHK": walks, "STAS": walks, **more})
 
     def issued(counts: Counts) -> dict[str, int]:
         return {"issues": total(counts), "specials": total(counts, "MUFU")}
@@ -210,7 +209,7 @@ def record(cuda: Any, cuobjdump: str) -> dict[str, Any]:
         (name,) = (name for name in codes if re.search(mangled + ".*" + functor + RESIDENT, name))
         registers, static = (int(x) for x in re.findall(r"(?:REG|SHARED):(\d+)", usage[name]))
         found["kernels"][f"{divergence} {dtype}"] = {
-            "registers": registers, "static": static - RESERVED, **counted(codes[name], walks, item)
+            "registers": registers, "static": static - RESERVED, **counted(sass.Code(codes[name]), walks, item)
         }  # fmt: skip
     for vocab, (dtype, (_, item)) in product(VOCABULARIES, DTYPES.items()):
         resident, cluster, threads, shared = cuda.plans(*LIMITS, vocab * item // sass.VECTOR + 2, TENSORS)[0]
@@ -242,7 +241,7 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     """A header and a line for each case: loss and gradient, the cross-entropy with it, at T = 2."""
     header = ["divergence", "dtype", "vocabulary", "cluster", "blocks an SM", "instructions a column", "issue",
               "exponentials", "waits"]  # fmt: skip
-    lines = [header + [f"{what} {machine.name}" for machine in MACHINES for what in ("bytes", "of a copy,")]]
+    lines = [header + [f"{what}, {machine.name}" for machine in MACHINES for what in ("bytes", "of a copy")]]
     for divergence, dtype, vocab, kernel, grid in cases(found):
         every = [predict(m, kernel, grid, vocab, 3 * DTYPES[dtype][1]) for m in MACHINES]
         lines.append([

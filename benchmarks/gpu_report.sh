@@ -27,7 +27,7 @@ while [[ $# -gt 0 ]]; do
     shift
 done
 # Seconds. The quick ones add up to less than 8 minutes; a test holds them to it.
-declare -A limits=([environment]=15 [build]=120 [cuda]=85 [triton]=65 [sanitizer]=80 [benchmarks]=100)
+declare -A limits=([environment]=30 [build]=120 [cuda]=80 [triton]=65 [sanitizer]=80 [benchmarks]=95)
 order=(environment build cuda triton sanitizer benchmarks)
 if [[ -z $quick ]]; then
     limits=([environment]=60 [build]=500 [cuda]=500 [triton]=500 [tests]=500 [sanitizer]=500 [profile]=300 [benchmarks]=500)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from operator import add
 from typing import NamedTuple
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(?:(@!?U?P\w+) )?(\S+)([^;]*);")
@@ -37,7 +38,34 @@ class Instruction(NamedTuple):
         return jumps and not self.predicate and "P" not in self.operands
 
 
-Code = list[Instruction]
+class Code:
+    """A kernel's machine code."""
+
+    def __init__(self, text: str) -> None:
+        self.instructions = [Instruction(int(a, 16), p, n, o) for a, p, n, o in INSTRUCTION.findall(text)]
+        at = {instruction.address: index for index, instruction in enumerate(self.instructions)}
+        self.following: list[list[int]] = []  # of each, the indices of those that may come next
+        for index, instruction in enumerate(self.instructions):
+            ends = instruction.ends or index + 1 == len(self.instructions)
+            target = instruction.target
+            self.following.append(([] if ends else [index + 1]) + ([] if target is None else [at[target]]))
+
+        self.entries = Counter(then for following in self.following for then in following)
+
+    def run(self, index: int, last: int) -> int:
+        """The end of the instructions from this one on, to ``last`` at most, that always follow each other."""
+        while index < last and self.following[index] == [index + 1] and self.entries[index + 1] == 1:
+            index += 1
+        return index
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, last) of what lies between a branch back that is ever reached and its target."""
+        reached, waiting = {0}, [0]
+        while waiting:
+            fresh = {then for then in self.following[waiting.pop()] if then not in reached}
+            reached |= fresh
+            waiting += fresh
+        return [(then, index) for index in reached for then in self.following[index] if then <= index]
 
 
 class Loop(NamedTuple):
@@ -60,37 +88,13 @@ class Row(NamedTuple):
     outside: Counts
 
 
-def parse(text: str) -> Code:
-    return [Instruction(int(a, 16), p, n, o) for a, p, n, o in INSTRUCTION.findall(text)]
-
-
 def total(counts: Counts, *prefixes: str) -> int:
     """Of the instructions whose names begin so; of all without a prefix."""
     return sum(n for name, n in counts.items() if not prefixes or name.startswith(prefixes))
 
 
-def followers(code: Code) -> list[list[int]]:
-    """Of each instruction, the indices of those that may come next."""
-    at = {instruction.address: index for index, instruction in enumerate(code)}
-    found = []
-    for index, instruction in enumerate(code):
-        following = [] if instruction.ends or index + 1 == len(code) else [index + 1]
-        found.append(following + ([at[instruction.target]] if instruction.target is not None else []))
-    return found
-
-
-def spans(code: Code) -> list[tuple[int, int]]:
-    """(first, last) of what lies between a branch back that is ever reached and its target."""
-    following, reached, waiting = followers(code), {0}, [0]
-    while waiting:
-        fresh = {then for then in following[waiting.pop()] if then not in reached}
-        reached |= fresh
-        waiting += fresh
-    return [(then, index) for index in reached for then in following[index] if then <= index]
-
-
 def innermost_loops(code: Code) -> list[Loop]:
-    found = spans(code)
+    found = code.spans()
     inner = [(a, b) for a, b in found if not any((c, d) != (a, b) and a <= c and d <= b for c, d in found)]
     return [Loop(a, b, cheapest(code, a, b, {}, (), {}).outside) for a, b in inner]
 
@@ -115,7 +119,7 @@ def row(code: Code, wants: Iterable[Want], passes: dict[str, int]) -> Row:
         return inside == {want.name for want in wants}
 
     # The outermost loop begins first; others that hold as much only come back from a wait that is out of the way.
-    first, last = min((span for span in spans(code) if holds_all(*span)), default=(0, len(code) - 1))
+    first, last = min((span for span in code.spans() if holds_all(*span)), default=(0, len(code.instructions) - 1))
     return cheapest(code, first, last, loops, wants, passes)
 
 
@@ -128,7 +132,6 @@ def cheapest(
     passes: dict[str, int],
 ) -> Row:
     """From ``first`` to ``last`` or an exit, forwards only."""
-    following = followers(code)
     goal = (*(want.times for want in wants), *passes.values())
     # By index, and by how much of the goal is reached: (issued before, index and state before).
     Before = tuple[float, tuple[int, tuple[int, ...]] | None]
@@ -140,17 +143,18 @@ def cheapest(
             continue
         if index in loops:
             loop, want = loops[index]
-            cost = want.turns(loop.turn) * total(loop.turn)
-            inside = range(loop.first, loop.last + 1)
-            nexts = {then for i in inside for then in following[i] if then > loop.last}
-            reached = [wants.index(want)]
+            end, cost = loop.last, want.turns(loop.turn) * total(loop.turn)
+            nexts = {then for i in range(index, end + 1) for then in code.following[i] if then > end}
+            reached = [i == wants.index(want) for i in range(len(goal))]
         else:
-            cost = 1.0
-            nexts = {then for then in following[index] if then > index}
-            reached = [len(wants) + n for n, name in enumerate(passes) if code[index].name.startswith(name)]
+            end = code.run(index, last)
+            cost = end + 1.0 - index
+            nexts = {then for then in code.following[end] if then > end}
+            names = [instruction.name for instruction in code.instructions[index : end + 1]]
+            reached = [0] * len(wants) + [sum(name.startswith(prefix) for name in names) for prefix in passes]
         for state, (issued, _) in here.items():
-            after = tuple(min(n + (i in reached), goal[i]) for i, n in enumerate(state))
-            if index == last or not following[index]:
+            after = tuple(map(min, map(add, state, reached), goal)) if any(reached) else state
+            if end == last or not code.following[end]:
                 if after == goal:
                     ends.append((issued + cost, index, state))
                 continue
@@ -169,7 +173,7 @@ def cheapest(
             loop, want = loops[index]
             found.insert(0, (want.name, loop.turn))
         else:
-            outside[code[index].name] += 1
+            outside.update(i.name for i in code.instructions[index : code.run(index, last) + 1])
         before = ways[index][state][1]
         if before is None:
             return Row(found, outside)

@@ -97,8 +97,9 @@ def duration(seconds: float) -> str:
 
 def machine_line(machine: dict[str, Any]) -> str:
     versions = " · ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    commit = f" · commit {machine['commit']}" if machine["commit"] else ""
     threads = f", {machine['threads']} threads" if machine["kind"] == "cpu" else f", CUDA {machine['cuda']}"
-    return f"{machine['device']}{threads} · Python {machine['python']} · {versions} · commit {machine['commit']}"
+    return f"{machine['device']}{threads} · Python {machine['python']} · {versions}{commit}"
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, float, bool]]:

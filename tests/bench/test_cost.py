@@ -11,7 +11,7 @@ from fastkd.bench.sass import Want, total
 
 def code(*lines: str) -> sass.Code:
     """Instructions 16 bytes apart."""
-    return sass.parse("\n".join(f"        /*{16 * index:04x}*/  {line} ;" for index, line in enumerate(lines)))
+    return sass.Code("\n".join(f"        /*{16 * index:04x}*/  {line} ;" for index, line in enumerate(lines)))
 
 
 EXPONENTIALS = Want("sums", lambda turn: total(turn, "MUFU.EX2") > 0, lambda turn: 10.0)

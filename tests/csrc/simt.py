@@ -82,7 +82,7 @@ def build(folder: Path, source: str, target: str, *flags: str, csrc: Path = CSRC
 
 
 def compile_once(target: Path, source: str, *flags: str) -> Path:
-    command = ["g++", "-std=c++20", "-O1", "-g", "-DFASTKD_SIMT", f"-I{HERE}", str(HERE / source), *flags]
+    command = ["g++", "-std=c++20", "-O1", "-g1", "-DFASTKD_SIMT", f"-I{HERE}", str(HERE / source), *flags]
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():

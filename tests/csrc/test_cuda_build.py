@@ -68,9 +68,9 @@ def test_rows_move_16_bytes_at_a_time_and_no_cluster_waits_for_memory() -> None:
     for name, code in resident.items():
         assert "LDGSTS.E.BYPASS.128" in code and "STAS" in code and "SYNCS" in code, name
         # The loop over rows is the longest. A barrier of the cluster, which orders all of memory, comes before it.
-        parsed = sass.parse(code)
-        first, last = max(sass.spans(parsed), key=lambda span: span[1] - span[0])
-        loop = Counter(instruction.name for instruction in parsed[first : last + 1])
+        parsed = sass.Code(code)
+        first, last = max(parsed.spans(), key=lambda span: span[1] - span[0])
+        loop = Counter(instruction.name for instruction in parsed.instructions[first : last + 1])
         assert total(loop, "STG.E.128") and total(loop, "BAR.SYNC"), name
         assert not total(loop, "MEMBAR", "CCTL", "UCGABAR", "ERRBAR"), name
 

@@ -32,7 +32,7 @@ def row_of(code: str, with_sums: bool) -> Counted:
         Want(f"{kind} {masked}", partial(is_loop, kind=kind, masked=masked), lambda turn, n=TURNS[masked]: n)
         for kind, masked in kinds
     ]
-    row = sass.row(sass.parse(code), wants, {})
+    row = sass.row(sass.Code(code), wants, {})
     turns = {kind: [turn for name, turn in row.loops if name.startswith(kind)] for kind, _ in kinds}
     walks = [sorted(found, key=total) for found in turns.values()]
     return Counted(

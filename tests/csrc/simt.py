@@ -30,7 +30,7 @@ class Matrix(ctypes.Structure):
 class KDRowsParams(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("z", "u", "dz")),
-        *((name, ctypes.c_void_p) for name in ("labels", "hard_scale", "soft_scale", "hard", "soft", "stats")),
+        *((name, ctypes.c_void_p) for name in ("labels", "hard_scale", "soft_scale", "z_scale", "hard", "soft", "stats")),
         *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "n", "columns")),
         *((name, ctypes.c_float) for name in ("temperature", "c_t", "c_s", "w", "smoothing")),
         ("formula", ctypes.c_int),
@@ -100,7 +100,7 @@ class Simt:
     def kd_rows(self, rows: Rows, spec: RowSpec, outputs: Outputs, grid: Grid, seed: int = 0) -> None:
         """``outputs`` are hard, soft, stats and dz; without hard it is the gradient from stats."""
         outer, inner, columns = rows.student.shape
-        vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale")}
+        vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale", "z_scale")}
         vectors |= {name: pointer(outputs[name]) for name in ("hard", "soft", "stats")}
         params = KDRowsParams(
             z=matrix(rows.student), u=matrix(rows.teacher), dz=matrix(outputs["dz"]), **vectors,

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cost, summary
+from fastkd.bench import accuracy, cost, cost_triton, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +32,8 @@ def blocks() -> dict[str, str]:
     digits = json.loads((RESULTS / "accuracy.json").read_text())
     for name, lines in zip(("accuracy", "rounding"), accuracy.tables(digits), strict=True):
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
+    predicted = cost_triton.table(cost_triton.recorded())
+    texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
     return texts
 

@@ -20,8 +20,8 @@ LONG = 1 << 15
 MAX_REGISTERS = 128  # of a thread, with THREADS of them
 # What the rows in flight may take of the cache, if their second read is to find them there.
 CACHE_SHARE = 0.75
-# Fewer programs than that, of those that fill the GPU, cost more than the reads they save; of a row in three walks,
-# which issues twice as much, more.
+# Fewer programs than that, of those that fill the GPU, cost more than the reads they save. A row in three walks issues
+# twice as much as one in two.
 LEAST_SHARE, LEAST_SHARE_OF_THREE = 0.4, 0.8
 # Slices of a row, at most.
 MAX_SLICES = 64

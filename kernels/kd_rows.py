@@ -277,7 +277,7 @@ def slice_state_kernel(
     SOFT: tl.constexpr = u_ptr is not None
     row = tl.program_id(0)
     part = tl.program_id(1)
-    hard_scale, soft_scale, z_scale, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
+    _, _, _, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
     if not counts:
         return
     k = 1.0 / temperature * LOG2_E
@@ -339,7 +339,7 @@ def slice_sums_kernel(
     """Stage 2 of a slice, where the row's state does not tell S and G: its sums [N, slices, SUMS]."""
     row = tl.program_id(0)
     part = tl.program_id(1)
-    hard_scale, soft_scale, z_scale, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
+    _, _, _, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
     if not counts:
         return
     slices = tl.num_programs(1)

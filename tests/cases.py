@@ -12,7 +12,8 @@ import fastkd
 from fastkd import Divergence
 from tests import reference
 
-# Vocabulary sizes, and the regime that each covers. A tile of the kernels is at most 2048 columns.
+# Vocabulary sizes, and the regime that each covers. A tile of the kernels in float32, of rows as short, is at most
+# 2048 columns.
 ONE_TILE = 2048
 SIZES = (
     1,  # one token: every loss is 0

@@ -22,6 +22,13 @@ constexpr bool kHasClusters = true;
 constexpr bool kHasClusters = false;
 #endif
 
+// sm_100 multiplies pairs of floats, whose registers must be neighbours: longer walks do not fit 80 of them there.
+#if __CUDA_ARCH__ == 1000
+constexpr bool kPairsRegisters = true;
+#else
+constexpr bool kPairsRegisters = false;
+#endif
+
 FASTKD_D int thread_rank() { return static_cast<int>(threadIdx.x); }
 FASTKD_D int block_threads() { return static_cast<int>(blockDim.x); }
 FASTKD_D int block_rank() { return static_cast<int>(blockIdx.x); }
@@ -33,7 +40,6 @@ FASTKD_D uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xf
 
 FASTKD_D float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
-FASTKD_D void warp_barrier() { __syncwarp(); }
 FASTKD_D void block_barrier() { __syncthreads(); }
 
 // Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, and where no cluster was launched.

@@ -77,7 +77,7 @@ enum class Form : int { kLinear, kFar, kNear };
 // error of the normalisers, again without it.
 enum class Again : int { kNo, kFar, kNear, kCentred };
 
-// All that the threads of a block must know of a row, worked out by its first warp.
+// All that the threads of a block must know of a row, worked out by its first thread.
 struct RowNumbers {
     float z_peak, u_peak;
     float lse_h, lse_s;  // log₂ normalisers of z and z/T, relative to the peak
@@ -222,8 +222,8 @@ struct KDRow {
     }
 
     // The normalisers and, where stage 1 gives them, S and G.
-    FASTKD_D RowNumbers normalise(const RowState& state, const Task& task) const {
-        RowNumbers row = {};
+    FASTKD_D void normalise(RowNumbers& row, const RowState& state, const Task& task) const {
+        row = {};
         const float z_y = task.label >= 0 ? state.z_y : kNaN;
         row.z_peak = shift_of(state.z_peak);
         const float z_rounding = rounding_of(row.z_peak, k);
@@ -258,7 +258,6 @@ struct KDRow {
             row.again = is_near(row) ? Again::kNear : soft.has_digits ? Again::kNo : Again::kFar;
         }
         if (Functor::kEntropy) row.entropy = (log2f(state.t) - state.entropy * row.sums.teacher) * kLn2;
-        return row;
     }
 
     FASTKD_D bool is_near(const RowNumbers& row) const { return row.soft < grid.near_below; }
@@ -277,14 +276,13 @@ struct KDRow {
         return exchange.reduce(merge(sums), turn, [](const SumState& lane) { return merge(lane); });
     }
 
-    FASTKD_D RowNumbers with_sums(RowNumbers row, const SumState& sums) {
+    FASTKD_D void take_sums(RowNumbers& row, const SumState& sums) {
         linear.prepare(row.sums);
         const RowSums result = linear.finish(sums, row.sums, grid.log_w, grid.log_v);
         row.soft = result.value, row.grad_sum = result.grad_sum, row.other_side = result.other_side;
         // The hardware's logarithm is off by up to 4e-7.
         const bool is_rough = !Functor::kTwoSided && row.soft < 2.0f * kFewDigits * linear.weights();
         row.again = is_near(row) ? Again::kNear : is_rough || !linear.is_served() ? Again::kFar : Again::kNo;
-        return row;
     }
 
     template <bool kNear>
@@ -310,7 +308,7 @@ struct KDRow {
                                         : stage2_by_functor<true>(reader, row, exchange, turn);
     }
 
-    FASTKD_D RowNumbers with_functor_sums(RowNumbers row, const SumState& sums) const {
+    FASTKD_D void take_functor_sums(RowNumbers& row, const SumState& sums) const {
         const Again done = row.again;
         const float excess = sums.fourth;
         row.form = done == Again::kFar ? Form::kFar : Form::kNear;
@@ -329,7 +327,6 @@ struct KDRow {
             row.again = Again::kCentred;
             row.log_ratio += excess;
         }
-        return row;
     }
 
     static FASTKD_D SumState merge(const SumState& lane) {
@@ -403,7 +400,7 @@ struct KDRow {
         };
         linear.c = row.soft_term;
         const float square = row.square;
-        const Sink<T> dz_row{p.dz.data + place.dz, dtype_of(p.dz), static_cast<int>(p.n), reader.x.head};
+        const Sink<T> dz_row{p.dz.data + place.dz, dtype_of(p.dz), static_cast<int>(p.n)};
         const auto with_hard = [&](float soft, float z) {
             if constexpr (kPower) return soft;
             return soft + fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even);
@@ -450,8 +447,9 @@ struct KDRow {
 
     // ---- A row
 
-    FASTKD_D RowNumbers from_stats(const float* stats) const {
-        RowNumbers row = {};
+    FASTKD_D void read(RowNumbers& row, int index) const {
+        const float* stats = p.stats + static_cast<int64_t>(index) * kNumStats;
+        row = {};
         row.z_peak = stats[kPeakStudent];
         row.u_peak = stats[kPeakTeacher];
         row.lse_h = stats[kLogHard] * kLog2E;
@@ -461,7 +459,6 @@ struct KDRow {
         row.grad_sum = stats[kGradSum];
         if (Functor::kTwoSided) row.other_side = stats[kGradForm];
         row.form = !kSoft ? Form::kLinear : !Functor::kTwoSided && stats[kGradForm] != 0.0f ? Form::kNear : Form::kFar;
-        return row;
     }
 
     FASTKD_D void write(const RowNumbers& row, int index) const {
@@ -479,12 +476,12 @@ struct KDRow {
     }
 };
 
-// Of an SM. Conversions of any dtype in the walks themselves take more registers.
-template <class T, bool kResident>
-constexpr int kBlocks = sizeof(T) == 4 && !kResident ? 2 : 3;
+// Of an SM. Walks that load take more registers.
+template <bool kSummed, bool kResident>
+constexpr int kBlocks = kResident && !(kSummed && kPairsRegisters) ? 3 : 2;
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<T, kResident>))
+FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<kSoft && kMomentOf<Functor> == Moment::kNone, kResident>))
 kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
     FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(RowNumbers, numbers);
@@ -501,14 +498,11 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
     if (task.row < kernel.rows()) reader.start();
     cluster_wait();
 
-    // What the first warp works out, all of its lanes alike, becomes everyone's. It may read the numbers before: the other
-    // warps did, before a reduction.
+    // One thread works on the numbers, where they lie; the others have read what they were before a reduction.
     const auto publish = [&](const Task& task, auto&& work) {
-        if (in_first_warp()) {
-            RowNumbers row = work();
-            kernel.fold(row, task);
-            warp_barrier();  // work() may have read them
-            if (thread_rank() == 0) numbers = row;
+        if (thread_rank() == 0) {
+            work();
+            kernel.fold(numbers, task);
         }
         block_barrier();
     };
@@ -517,18 +511,18 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
         if constexpr (kResident) next = kernel.fetch(task.row + step);
         if (!kResident && p.from_stats) {
             block_barrier();
-            publish(task, [&] { return kernel.from_stats(p.stats + static_cast<int64_t>(task.row) * kNumStats); });
+            publish(task, [&] { kernel.read(numbers, task.row); });
         } else {
             copy_async_wait();
             const RowState state = kernel.stage1(reader, task, exchange, turn++);
-            publish(task, [&] { return kernel.normalise(state, task); });
+            publish(task, [&] { kernel.normalise(numbers, state, task); });
             if constexpr (Kernel::kSummed) {
                 const SumState sums = kernel.stage2(reader, numbers, exchange, turn++);
-                publish(task, [&] { return kernel.with_sums(numbers, sums); });
+                publish(task, [&] { kernel.take_sums(numbers, sums); });
             }
             while (kSoft && numbers.again != Again::kNo) {
                 const SumState sums = kernel.stage2_by_functor(reader, numbers, exchange, turn++);
-                publish(task, [&] { return kernel.with_functor_sums(numbers, sums); });
+                publish(task, [&] { kernel.take_functor_sums(numbers, sums); });
             }
             if (kernel.is_first()) kernel.write(numbers, task.row);
         }
@@ -538,8 +532,8 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
         const bool has_next = next.row < kernel.rows();
         bool refilled = false;
         if (grid.writes) {
-            refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
             kernel.clear(place, p.n);
+            refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
         }
         if (has_next && !refilled) next_reader.start();
         task = next, place = next_place;

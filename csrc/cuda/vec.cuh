@@ -299,7 +299,7 @@ struct Sink {
     static constexpr int kColumns = Vec<T>::kColumns;
     char* data;
     DType dtype;
-    int n, head;
+    int n;
 
     // A step that lies in the row.
     FASTKD_D void store_whole(int first, const float (&values)[kColumns]) const {
@@ -309,7 +309,8 @@ struct Sink {
     // Any step.
     FASTKD_D void store(int first, const float (&values)[kColumns]) const {
         as_its_type([&](auto* row) {
-            fastkd::store(Row<std::remove_reference_t<decltype(*row)>, kColumns>(row, n, head), first, values);
+            const Row<std::remove_reference_t<decltype(*row)>, kColumns> to(row, n, head_of<kColumns>(row));
+            fastkd::store(to, first, values);
         });
     }
 

@@ -75,11 +75,6 @@ static void barrier(Collective& all) {
     acquire(token);
 }
 
-void warp_barrier() {
-    Fiber& fiber = *scheduler->running;
-    barrier(fiber.block.warps[fiber.thread.rank / kWarpSize].all);
-}
-
 void block_barrier() { barrier(scheduler->running->block.all); }
 
 void copy_async(void* shared, const void* global) {

@@ -27,7 +27,7 @@ struct alignas(8) Barrier {
     uint64_t state;
 };
 
-constexpr bool kHasClusters = true;
+constexpr bool kHasClusters = true, kPairsRegisters = false;
 
 namespace simt {
 
@@ -44,7 +44,6 @@ char* dynamic_shared();
 uint32_t shuffle(uint32_t x, int lane);
 void cluster_arrive();
 void cluster_wait();
-void warp_barrier();
 void block_barrier();
 void copy_async(void* shared, const void* global);
 void copy_async_wait();
@@ -72,7 +71,6 @@ inline int thread_rank() { return simt::self->rank; }
 inline int block_threads() { return simt::self->threads; }
 inline int block_rank() { return simt::self->grid_block; }
 inline int grid_blocks() { return simt::self->grid_blocks; }
-inline void warp_barrier() { simt::warp_barrier(); }
 inline void block_barrier() { simt::block_barrier(); }
 inline int cluster_rank() { return simt::self->block; }
 inline int cluster_size() { return simt::self->blocks; }

@@ -36,7 +36,7 @@ from fastkd.kernels.kd_rows import (
     slice_sums_kernel,
 )
 from fastkd.kernels.scale import scale_kernel
-from tests.kernels.columns import instructions_a_column
+from tests.kernels.columns import row_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,7 +48,7 @@ TARGETS = {
 }
 LARGE = 128256
 WIDEST = 16384  # hidden states that registers hold
-# Of which the instructions a column are counted.
+# Of which the instructions of a row are counted.
 COUNTED = ("kd_rows-forward_kl-fused-bf16", "kd_rows-jsd-fused-bf16")
 
 # One member of each structure.
@@ -70,7 +70,7 @@ def cases(target: str) -> Iterator[Case]:
         for name, kernel, matrices in SMALL:
             constants = tiles | ({"MAX": config.MAX_SLICES} if "MAX" in kernel.arg_names else {})
             yield f"{name}-{suffix}", kernel, argument_types(kernel, dtype, peel, matrices), constants
-        for width, kind in itertools.product((768, WIDEST) if thorough and not peel else (), HiddenKind):
+        for width, kind in itertools.product(() if peel else (768, WIDEST)[: 1 + thorough], HiddenKind):
             types = argument_types(hidden_rows_kernel, dtype, False, ("s", "t", "ds"))
             constants = {"KIND": int(kind), "WIDTH": width}
             yield f"hidden-{kind.name.lower()}-{dtype}-{width}", hidden_rows_kernel, types, constants
@@ -204,9 +204,8 @@ def main() -> None:
             compiled = compile_case(kernel, types, constants, target)
             result[name] = resources(compiled, target)
             if name in COUNTED and target.arch == 90:
-                code, threads = cuobjdump(compiled, "--dump-sass"), 32 * compiled.metadata.num_warps
-                block = threads * constants["VEC"] * config.VECTORS_PER_THREAD
-                result[name]["a_column"] = instructions_a_column(code, LARGE, block, threads)
+                code = cuobjdump(compiled, "--dump-sass")
+                result[name]["row"] = row_of(code, constants["MIX"] == Mix.BOTH)._asdict()
     print(json.dumps(result))
 
 

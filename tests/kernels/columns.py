@@ -1,42 +1,42 @@
-"""What a column of a whole row costs a row kernel in instructions, from its machine code. No GPU is needed."""
+"""What a row kernel issues for a row, from its machine code. No GPU is needed."""
 
 from __future__ import annotations
 
-from tests.csrc.sass import INSTRUCTION, Instruction, Loop, count, innermost_loops, shortest_turn
+from functools import partial
 
-VECTORS = 2  # of each matrix, that a thread loads in a turn
+from fastkd.bench import sass
+from fastkd.bench.cost_triton import Counted
+from fastkd.bench.sass import Counts, Want, total
+
+LOADS = 4  # of a turn: two vectors of each matrix
+TURNS = {False: 16.0, True: 2.0}  # of a long row, unmasked and masked, so that its ways are weighed as they are there
 
 
-def instructions_a_column(code: str, columns: int, block: int, threads: int) -> float:
-    """Of a row with labels that has digits in one walk or, with a true mixture, two, and so takes the far form.
+def is_loop(turn: Counts, kind: str, masked: bool) -> bool:
+    if total(turn, "LDG") != LOADS or (total(turn, "ISETP") > 2 * LOADS) != masked:
+        return False
+    if total(turn, "STG"):
+        return kind == "gradient"
+    return kind == ("sums" if total(turn, "MUFU.LG2") else "state" if total(turn, "FMNMX") else "")
 
-    The unmasked tiles run the inner loops; the last tile, and the label's in the walks that look for it, the masked
-    ones; what lies outside is the shortest way around the loop over rows that passes all of these.
+
+def row_of(code: str, with_sums: bool) -> Counted:
+    """Of a row that has digits in one walk or, with a true mixture, two, and so takes the far form.
+
+    A walk that does not look for the label has its one masked tile outside of the loops.
     """
-    loops = [loop for loop in innermost_loops(code) if count(loop, "LDG") == 2 * VECTORS]
-    # In order: stage 1, unmasked and masked; of stage 2 the far sums, unmasked; of stage 3 the shorter form.
-    state, sums = loops[:2], [loop for loop in loops[2:3] if count(loop, "MUFU.LG2")]
-    gradient = sorted((loop for loop in loops if count(loop, "STG")), key=len)[:2]
-    walks = [state, gradient, sums]
-    exponentials = sum(count(loop, "MUFU.EX2") for walk in walks for loop in walk)
-    outside = shortest_turn(row_loop(code), "MUFU.EX2", exponentials) - sum(
-        len(loop) for walk in walks for loop in walk
+    kinds = [("state", False), ("state", True), ("gradient", False), ("gradient", True)]
+    if with_sums:
+        kinds.insert(2, ("sums", False))
+    wants = [
+        Want(f"{kind} {masked}", partial(is_loop, kind=kind, masked=masked), lambda turn, n=TURNS[masked]: n)
+        for kind, masked in kinds
+    ]
+    row = sass.row(sass.parse(code), wants, {})
+    turns = {kind: [turn for name, turn in row.loops if name.startswith(kind)] for kind, _ in kinds}
+    walks = [sorted(found, key=total) for found in turns.values()]
+    return Counted(
+        [[total(turn) for turn in walk] for walk in walks],
+        [[total(turn, "MUFU") for turn in walk] for walk in walks],
+        total(row.outside),
     )
-    assert outside < float("inf"), [len(loop) for loop in loops]
-    tiles = columns // block
-    inside = 0
-    for walk in walks:
-        lengths = sorted(map(len, walk))
-        if len(lengths) == 2:
-            inside += (tiles - 1) * lengths[0] + 2 * lengths[1]
-        else:
-            inside += tiles * sum(lengths)
-    return (outside + inside) * threads / columns
-
-
-def row_loop(code: str) -> Loop:
-    """The longest loop."""
-    instructions = [Instruction(int(a, 16), p, n, o) for a, p, n, o in INSTRUCTION.findall(code)]
-    spans = [(i.target, i.address) for i in instructions if i.target is not None and i.target < i.address]
-    first, last = max(spans, key=lambda span: span[1] - span[0])
-    return [i for i in instructions if first <= i.address <= last]

@@ -239,14 +239,14 @@ struct KDRow {
             const float log_others = log2f(state.others) + rounding;
             row.lse_h = log_others;
             if (p.labels) {
-            const float t = (row.z_peak - z_y) + log_others * kLn2;
-            const LabelTerm term = label_term(t);
-            row.rest = term.rest;
-            // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
-            const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
-                                           : (z_y - row.z_peak) + term.loss;
-            row.lse_h = log_sum * kLog2E;
-            row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
+                const float t = (row.z_peak - z_y) + log_others * kLn2;
+                const LabelTerm term = label_term(t);
+                row.rest = term.rest;
+                // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
+                const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
+                                               : (z_y - row.z_peak) + term.loss;
+                row.lse_h = log_sum * kLog2E;
+                row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
             }
         }
         if constexpr (kMoment != Moment::kNone) {
@@ -355,7 +355,9 @@ struct KDRow {
         const float z_rounding = rounding_of(row.z_peak, k);
         const float z_grad = task.z_scale == 0.0f ? 0.0f : 2.0f * task.z_scale * (row.z_peak + row.lse_h * kLn2);
         const float hard_scale = task.hard_scale + z_grad;  // of softmax(z), but for the label's column
-        const auto hard = [&](float rounding) { return hard_scale == 0.0f ? 0.0f : hard_scale * exp2(rounding - row.lse_h); };
+        const auto hard = [&](float rounding) {
+            return hard_scale == 0.0f ? 0.0f : hard_scale * exp2(rounding - row.lse_h);
+        };
         const bool has_hard = grid.hard;
         row.square = has_hard && grid.is_power && squares() ? hard(2.0f * z_rounding) : 0.0f;
         const float constant = has_hard && grid.is_power && !squares() ? hard(z_rounding) : 0.0f;

@@ -34,7 +34,9 @@ def blocks() -> dict[str, str]:
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
-    texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
+    texts["cost"] = "**Predicted, not measured:** not counted yet.\n"
+    if cost.RECORD.exists():
+        texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
     return texts
 
 

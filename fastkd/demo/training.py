@@ -146,8 +146,8 @@ class Trainee:
         leaf = output.detach().requires_grad_()
         student = student._replace(hidden=leaf) if isinstance(student, LinearLogits) else leaf
         loss_started = _now(inputs)
-        loss = self.loss(student, teacher, labels.flatten(), task.temperature, task.hard_weight)
-        loss.backward()
+        loss: Tensor = self.loss(student, teacher, labels.flatten(), task.temperature, task.hard_weight)  # type: ignore[arg-type]
+        loss.backward()  # type: ignore[no-untyped-call]
         self.run.loss_seconds.append(_now(inputs) - loss_started)
 
         output.backward(leaf.grad)

@@ -30,7 +30,8 @@ class Matrix(ctypes.Structure):
 class KDRowsParams(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("z", "u", "dz")),
-        *((name, ctypes.c_void_p) for name in ("labels", "hard_scale", "soft_scale", "z_scale", "hard", "soft", "stats")),
+        *((name, ctypes.c_void_p) for name in ("labels", "hard_scale", "soft_scale", "z_scale")),
+        *((name, ctypes.c_void_p) for name in ("hard", "soft", "stats")),
         *((name, ctypes.c_int64) for name in ("rows", "inner_rows", "n", "columns")),
         *((name, ctypes.c_float) for name in ("temperature", "c_t", "c_s", "w", "smoothing")),
         ("formula", ctypes.c_int),

@@ -112,7 +112,7 @@ def linear_rows(
         views = iter(row_views(*(t for t in (z, u, dz) if t is not None)))
         part = Rows(next(views), None if u is None else next(views), *(v if v is None else v[rows] for v in vectors))
         hard, soft, stats = of_chunk
-        _dispatch.choose(z, backend, u, part.operation).kd_rows(part, spec, hard, soft, stats, next(views, None))
+        _dispatch.choose(z, backend, u).kd_rows(part, spec, hard, soft, stats, next(views, None))
         for whole, some in zip(losses, of_chunk, strict=True):
             whole[rows] = some
         if dz is not None:

@@ -18,9 +18,6 @@ try:
 except ImportError as error:
     _missing = _built.missing("cpu", error)
 
-# Its row operation takes Rows.z_scale.
-z_loss = True
-
 
 def unavailable() -> str | None:
     if _cpu is None:

@@ -20,14 +20,15 @@ inline Matrix matrix(const pybind11::tuple& t) {
 }
 
 inline KDRowsParams kd_rows_params(const pybind11::tuple& z, const pybind11::tuple& u, const pybind11::tuple& dz,
-                                   uintptr_t labels, uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t hard,
-                                   uintptr_t soft, uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n,
-                                   int64_t columns, float temperature, int formula, float c_t, float c_s, float w,
-                                   float smoothing, bool from_stats) {
+                                   uintptr_t labels, uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale,
+                                   uintptr_t hard, uintptr_t soft, uintptr_t stats, int64_t rows, int64_t inner_rows,
+                                   int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s,
+                                   float w, float smoothing, bool from_stats) {
     KDRowsParams p;
     p.z = matrix(z), p.u = matrix(u), p.dz = matrix(dz);
     p.labels = pointer<const int64_t>(labels);
     p.hard_scale = pointer<const float>(hard_scale), p.soft_scale = pointer<const float>(soft_scale);
+    p.z_scale = pointer<const float>(z_scale);
     p.hard = pointer<float>(hard), p.soft = pointer<float>(soft), p.stats = pointer<float>(stats);
     p.rows = rows, p.inner_rows = inner_rows, p.n = n, p.columns = columns;
     p.temperature = temperature, p.formula = formula, p.c_t = c_t, p.c_s = c_s, p.w = w, p.smoothing = smoothing;

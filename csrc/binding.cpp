@@ -59,13 +59,12 @@ void run(const Params& params, int64_t row_bytes, int threads, int64_t scratch_f
 }
 
 void kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels, uintptr_t hard_scale,
-             uintptr_t soft_scale, uintptr_t hard, uintptr_t soft, uintptr_t stats, int64_t rows, int64_t inner_rows,
-             int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s, float w,
-             float smoothing, bool from_stats, uintptr_t z_scale, int threads) {
-    fastkd::KDRowsParams p =
-        fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, hard, soft, stats, rows, inner_rows, n,
-                               columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
-    p.z_scale = fastkd::pointer<const float>(z_scale);
+             uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t soft, uintptr_t stats, int64_t rows,
+             int64_t inner_rows, int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s,
+             float w, float smoothing, bool from_stats, int threads) {
+    const fastkd::KDRowsParams p =
+        fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows,
+                               n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     const fastkd::Numbers numbers{static_cast<fastkd::Formula>(formula), c_t, c_s, w};
     if (p.u.data && !fastkd::Divergences::dispatch(numbers, [](const auto&) {}))
         throw py::value_error("kd_rows: no functor has these numbers");

@@ -9,7 +9,7 @@ matrix or hidden states that want no gradient.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -25,8 +25,9 @@ from fastkd.sources import LinearLogits
 CHUNK_BYTES_CPU, CHUNK_BYTES_OTHER = 64 * 2**20, 512 * 2**20
 # Rows of logits start on 64 bytes, since matrix units slow down where they do not (V = 50257).
 ALIGNED = 16
-# Rows of a product that goes by way of a dtype narrower than its sum.
-BLOCK = 4096
+# Of a matrix of half precision that a CPU multiplies in float32, which most do many times as fast (an AMD EPYC without
+# bfloat16 instructions: 7 to 140 times, by the layout); and of a product that goes by way of a narrower dtype.
+BLOCK_BYTES = 4 * 2**20
 
 
 def default_chunk_rows(row_bytes: int, is_cpu: bool) -> int:
@@ -112,7 +113,7 @@ def linear_rows(
         views = iter(row_views(*(t for t in (z, u, dz) if t is not None)))
         part = Rows(next(views), None if u is None else next(views), *(v if v is None else v[rows] for v in vectors))
         hard, soft, stats = of_chunk
-        _dispatch.choose(z, backend, u, part.operation).kd_rows(part, spec, hard, soft, stats, next(views, None))
+        _dispatch.choose(z, backend, u).kd_rows(part, spec, hard, soft, stats, next(views, None))
         for whole, some in zip(losses, of_chunk, strict=True):
             whole[rows] = some
         if dz is not None:
@@ -189,49 +190,62 @@ class Linear:
         self._weight = weight[:vocab_size].to(product_dtype)
         self._bias = None if bias is None else bias[:vocab_size]
         self._memory: dict[str, Tensor] = {}
-        # Half-precision products are wanted in float32, which their sums are in, and their gradient in half, for the
-        # matrix units. A gradient as wide as its logits is written over them, unless softcap's derivative needs these.
-        wide = product_dtype.itemsize == 2 and _gives_float32(weight.device)
-        self._dtype = torch.float32 if wide else product_dtype
-        self._want_grad = any(wants)
-        self._in_place = not wide and self._softcap is None
-        # Sums over the chunks are taken in float32, and rounded once.
+        # Logits of half precision are wanted in float32, which the products sum in. A GPU's matrix units take and give
+        # their gradient in half; a CPU has none, and is given all in float32, the matrix block by block.
         sums = torch.promote_types(product_dtype, torch.float32)
+        self._dtype = sums if weight.is_cpu or _gives_float32(weight.device) else product_dtype
+        self._factors = sums if weight.is_cpu else product_dtype  # the dtype of what is multiplied
+        # A gradient as wide as its logits is written over them, unless softcap's derivative needs these.
+        self._want_grad = any(wants)
+        self._in_place = self._dtype == self._factors and self._softcap is None
+        # Over the chunks a gradient is summed in float32, and rounded once.
         self._of_hidden = torch.zeros_like(self._hidden) if wants[0] else None
         self._of_weight = weight.new_empty(weight.shape, dtype=sums) if wants[1] else None
         self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=sums)
         self._summed = False
         self._dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         apart = self._want_grad and not self._in_place
-        self.row_bytes = len(self._weight) * (self._dtype.itemsize + apart * product_dtype.itemsize)
+        self.row_bytes = len(self._weight) * (self._dtype.itemsize + apart * self._factors.itemsize)
 
     def logits(self, rows: Selection) -> tuple[Tensor, Tensor | None]:
-        self._chunk = self._hidden[rows].to(self._weight.dtype)
+        self._chunk = self._hidden[rows].to(self._weight.dtype).to(self._factors)
         if self._counts is not None:  # 0·NaN would reach the gradient of the matrix
             self._chunk = torch.where(self._counts[rows], self._chunk, 0.0)
         factor = self._scale if self._softcap is None else self._scale / self._softcap
         self._logits = logits = self._of_chunk("logits", self._dtype)
         if self._bias is not None:
             logits.copy_(self._bias)
-        _multiply(self._chunk, self._weight.T, logits, factor, 0.0 if self._bias is None else factor)
+        for columns, weight in self._blocks():
+            _multiply(self._chunk, weight.T, logits[:, columns], factor, 0.0 if self._bias is None else factor)
         if self._softcap is not None:
             logits.tanh_().mul_(self._softcap)
         if not self._want_grad:
             return logits, None
-        return logits, logits if self._in_place else self._of_chunk("gradient", self._weight.dtype)
+        return logits, logits if self._in_place else self._of_chunk("gradient", self._factors)
 
     def backward(self, rows: Selection, grad: Tensor) -> None:
         if self._softcap is not None:  # 1 − tanh²
             grad.addcmul_(grad, self._logits.square_(), value=-(self._softcap**-2))
         if self._of_hidden is not None:
-            part = self._of_hidden.new_empty(self._chunk.shape)
-            _multiply(grad, self._weight, part, self._scale, 0.0)
+            dtype = torch.promote_types(self._of_hidden.dtype, grad.dtype)
+            part = self._of_hidden.new_empty(self._chunk.shape, dtype=dtype)
+            for columns, weight in self._blocks():
+                _multiply(grad[:, columns], weight, part, self._scale, float(columns.start > 0))
             self._of_hidden[rows] = part
         if self._of_weight is not None:
             _multiply(grad.T, self._chunk, self._of_weight[: len(self._weight)], self._scale, float(self._summed))
         if self._of_bias is not None:
             self._of_bias[: len(self._weight)].add_(grad.sum(0, dtype=self._of_bias.dtype), alpha=self._scale)
         self._summed = True
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix as it is multiplied, and which columns of the logits are its rows': all at once, or widened."""
+        step = len(self._weight)
+        if self._weight.dtype != self._factors:
+            step = max(1, BLOCK_BYTES // (self._weight.shape[1] * self._factors.itemsize))
+        for start in range(0, len(self._weight), step):
+            columns = slice(start, start + step)
+            yield columns, self._weight[columns].to(self._factors)
 
     def grads(self) -> list[Tensor | None]:
         if self._of_weight is not None:  # what no product has written
@@ -255,8 +269,9 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float, beta: float) -> N
     elif out.dtype == torch.float32 and _gives_float32(out.device):
         torch.addmm(out, a, b, out_dtype=torch.float32, alpha=alpha, beta=beta, out=out)
     else:
-        for start in range(0, len(a), BLOCK):  # the product has memory of its own
-            rows = slice(start, start + BLOCK)
+        step = max(1, BLOCK_BYTES // (out.shape[1] * out.itemsize))
+        for start in range(0, len(a), step):  # the product has memory of its own
+            rows = slice(start, start + step)
             product = a[rows] @ b
             if beta == 0.0:  # whatever out holds, NaN included
                 out[rows].copy_(product).mul_(alpha)
@@ -266,7 +281,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float, beta: float) -> N
 
 @functools.cache
 def _gives_float32(device: torch.device) -> bool:
-    """Whether it multiplies matrices of half precision into float32. Asked by trying: what can varies by version."""
+    """Whether a GPU multiplies matrices of half precision into float32. Asked by trying: what can varies by version."""
     if device.type != "cuda":
         return False
     half, single = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))

@@ -213,7 +213,7 @@ def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor,
     losses = _losses(student)
     hard, soft, stats = losses
     rows, grad = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
-    chosen = _dispatch.choose(student, backend, teacher, rows.operation)
+    chosen = _dispatch.choose(student, backend, teacher)
     chosen.kd_rows(rows, spec, flat(hard), flat(soft), stats.view(-1, NUM_STATS), grad)
     return losses
 
@@ -231,7 +231,7 @@ def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
     spec = _row_spec(numbers, varying)
     rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
     assert grad_view is not None
-    chosen = _dispatch.choose(student, backend, teacher, rows.operation)
+    chosen = _dispatch.choose(student, backend, teacher)
     chosen.kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)
 
 

@@ -64,11 +64,6 @@ class Rows(NamedTuple):
     soft_scale: Tensor | None  # [N] likewise
     z_scale: Tensor | None = None  # [N] likewise
 
-    @property
-    def operation(self) -> str:
-        """What a backend must have to take them: not all have the z-loss."""
-        return "kd_rows" if self.z_scale is None else "z_loss"
-
 
 # Columns of the statistics [N, 8] that the loss hands to the gradient: the peaks max z and max u (0 where all is −inf);
 # log Σ exp of z − peak and (z − peak)/T, kept apart from the peaks because far from 0 their sum has no digits left for

@@ -217,13 +217,3 @@ def test_preferences_are_backends() -> None:
     assert {name for names in _dispatch.PREFERENCE.values() for name in names} <= set(_dispatch.NAMES)
     for names in _dispatch.PREFERENCE.values():
         assert names[-1] == "torch"  # which runs anywhere
-
-
-def test_a_backend_without_the_z_loss(device: str) -> None:
-    """It says so, if asked by name, and else another takes the call."""
-    logits = torch.randn(2, 5, device=device)
-    having = [name for name in _dispatch.NAMES if hasattr(_dispatch.backend(name), "z_loss")]
-    assert having == ["triton", "cpu", "torch"]
-    assert _dispatch.refusal(logits, "cuda", None, "z_loss") == (_dispatch._unavailable("cuda") or "it has no z_loss")
-    loss = fastkd.kd_loss(logits, logits, z_loss_weight=0.5)
-    torch.testing.assert_close(loss, 0.5 * logits.logsumexp(-1).square().mean())

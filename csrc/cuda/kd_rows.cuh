@@ -29,7 +29,7 @@ namespace fastkd {
 // What is the same in all rows, beside the params.
 struct RowGrid {
     int share;          // vectors of a block
-    bool hard, writes;  // there are labels; there is a gradient to write
+    bool hard, writes;  // softmax(z) at temperature 1 is wanted, for labels or a z-loss; there is a gradient to write
     bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
     bool smooths;
     float near_below;    // rows of a smaller S take the near form
@@ -46,8 +46,8 @@ RowGrid prepare_rows(KDRowsParams& p, const Functor& functor) {
     const bool is_power = !p.u.data || p.temperature == 1.0f || p.temperature == 2.0f;
     const double w = p.w;
     RowGrid grid;
-    grid.hard = p.labels, grid.writes = p.dz.data;
-    grid.is_power = !p.labels || (!smooths && is_power);
+    grid.hard = p.labels || p.z_scale, grid.writes = p.dz.data;
+    grid.is_power = !grid.hard || (!smooths && is_power);
     grid.smooths = smooths;
     grid.near_below = functor.near_below();
     grid.log_w = static_cast<float>(std::log2(w)), grid.log_v = static_cast<float>(std::log2(1.0 - w));
@@ -59,8 +59,9 @@ struct Task {
     int row;
     float hard_scale, soft_scale;
     int label;  // −1: none, or outside the vocabulary
+    float z_scale;
 
-    FASTKD_D bool counts() const { return hard_scale != 0.0f || soft_scale != 0.0f; }
+    FASTKD_D bool counts() const { return hard_scale != 0.0f || soft_scale != 0.0f || z_scale != 0.0f; }
 };
 
 // Where a row begins, in bytes from its matrix's data: of pointers that go round a loop, the compiler would not know
@@ -111,10 +112,11 @@ struct KDRow {
     FASTKD_D bool squares() const { return kSoft && p.temperature == 2.0f; }
 
     FASTKD_D Task fetch(int row) const {
-        Task task = {row, 0.0f, 0.0f, -1};
+        Task task = {row, 0.0f, 0.0f, -1, 0.0f};
         if (row >= rows()) return task;
         if (kSoft) task.soft_scale = p.soft_scale[row];
-        if (grid.hard) {
+        if (p.z_scale) task.z_scale = p.z_scale[row];
+        if (p.labels) {
             task.hard_scale = p.hard_scale[row];
             const uint64_t label = p.labels[row];
             if (label < static_cast<uint64_t>(p.n)) task.label = static_cast<int>(label);
@@ -235,14 +237,17 @@ struct KDRow {
         if (grid.hard) {
             const float rounding = grid.is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
             const float log_others = log2f(state.others) + rounding;
-            const float t = (row.z_peak - z_y) + log_others * kLn2;
-            const LabelTerm term = label_term(t);
-            row.rest = term.rest;
-            // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
-            const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
-                                           : (z_y - row.z_peak) + term.loss;
-            row.lse_h = log_sum * kLog2E;
-            row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
+            row.lse_h = log_others;
+            if (p.labels) {
+                const float t = (row.z_peak - z_y) + log_others * kLn2;
+                const LabelTerm term = label_term(t);
+                row.rest = term.rest;
+                // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
+                const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
+                                               : (z_y - row.z_peak) + term.loss;
+                row.lse_h = log_sum * kLog2E;
+                row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
+            }
         }
         if constexpr (kMoment != Moment::kNone) {
             // Relative to the origins, as the sums are.
@@ -348,12 +353,17 @@ struct KDRow {
     // Folds what stage 3 needs of a row into coefficients.
     FASTKD_D void fold(RowNumbers& row, const Task& task) {
         const float z_rounding = rounding_of(row.z_peak, k);
-        const auto hard = [&](float rounding) { return task.hard_scale == 0.0f ? 0.0f : task.hard_scale * exp2(rounding - row.lse_h); };
+        const float z_grad = task.z_scale == 0.0f ? 0.0f : 2.0f * task.z_scale * (row.z_peak + row.lse_h * kLn2);
+        const float hard_scale = task.hard_scale + z_grad;  // of softmax(z), but for the label's column
+        const auto hard = [&](float rounding) {
+            return hard_scale == 0.0f ? 0.0f : hard_scale * exp2(rounding - row.lse_h);
+        };
         const bool has_hard = grid.hard;
         row.square = has_hard && grid.is_power && squares() ? hard(2.0f * z_rounding) : 0.0f;
         const float constant = has_hard && grid.is_power && !squares() ? hard(z_rounding) : 0.0f;
         row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
         row.label_hard = task.hard_scale * ((grid.smooths ? p.smoothing - uniform() : 0.0f) - row.rest);
+        row.label_hard += z_grad * (1.0f - row.rest);
         linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t(), constant);
         row.soft_term = linear.c;
     }
@@ -499,7 +509,7 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
         block_barrier();
     };
     for (int turn = 0; task.row < kernel.rows();) {
-        Task next = {kernel.rows(), 0.0f, 0.0f, -1};
+        Task next = {kernel.rows(), 0.0f, 0.0f, -1, 0.0f};
         if constexpr (kResident) next = kernel.fetch(task.row + step);
         if (!kResident && p.from_stats) {
             block_barrier();

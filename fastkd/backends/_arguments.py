@@ -30,11 +30,11 @@ def kd_rows(
     stats: Tensor,
     grad: Tensor | None,
 ) -> tuple[Any, ...]:
-    """Of ``kd_rows``, all but z_scale, threads or stream; without ``hard`` the gradient alone, from ``stats``."""
-    student, teacher, labels, hard_scale, soft_scale, _ = rows
+    """Of ``kd_rows``, all but the threads or stream; without ``hard`` the gradient alone, from ``stats``."""
+    student, teacher, *of_rows = rows
     temperature, formula, c_t, c_s, w, smoothing, n = spec
     outer, inner, columns = student.shape
-    vectors = (0 if tensor is None else tensor.data_ptr() for tensor in (labels, hard_scale, soft_scale, hard, soft))
+    vectors = (0 if tensor is None else tensor.data_ptr() for tensor in (*of_rows, hard, soft))
     return (
         matrix(student), matrix(teacher), matrix(grad), *vectors, stats.data_ptr(), outer * inner, inner, n, columns,
         temperature, formula, c_t, c_s, w, smoothing, hard is None,

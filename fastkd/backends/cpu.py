@@ -18,9 +18,6 @@ try:
 except ImportError as error:
     _missing = _built.missing("cpu", error)
 
-# Its row operation takes Rows.z_scale.
-z_loss = True
-
 
 def unavailable() -> str | None:
     if _cpu is None:
@@ -37,15 +34,11 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
-    _kd_rows(rows, *_arguments.kd_rows(rows, spec, hard, soft, stats, grad))
+    _cpu.kd_rows(*_arguments.kd_rows(rows, spec, hard, soft, stats, grad), torch.get_num_threads())
 
 
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
-    _kd_rows(rows, *_arguments.kd_rows(rows, spec, None, None, stats, grad))
-
-
-def _kd_rows(rows: Rows, *arguments: Any) -> None:
-    _cpu.kd_rows(*arguments, 0 if rows.z_scale is None else rows.z_scale.data_ptr(), torch.get_num_threads())
+    _cpu.kd_rows(*_arguments.kd_rows(rows, spec, None, None, stats, grad), torch.get_num_threads())
 
 
 def scale_(grad: Tensor, scalar: Tensor) -> None:

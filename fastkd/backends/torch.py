@@ -26,9 +26,6 @@ NEAR = 0.05
 # 256 KB: every chunk would fault its temporaries in again, which trebles the time. Freeing 16 MB once raises that.
 torch.empty(2**24, dtype=torch.uint8, device="cpu")
 
-# Its row operation takes Rows.z_scale.
-z_loss = True
-
 
 def unavailable() -> str | None:
     return None

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from fastkd._request import Rows, RowSpec
 
-# Its row operation takes Rows.z_scale.
-z_loss = True
-
 
 def unavailable() -> str | None:
     try:

@@ -8,20 +8,10 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _dispatch
 from tests import reference
 from tests.assertions import check_call, check_gradient, check_loss
 from tests.backends.test_rows import skip_unsupported
 from tests.cases import DTYPES, STRUCTURES, inputs
-
-
-@pytest.fixture
-def backend(backend: str, device: str) -> str:
-    """Those that have it; test_dispatch says which do not."""
-    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, "z_loss"):
-        pytest.skip(why)
-    return backend
-
 
 BOTH = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7, "z_loss_weight": 0.05}
 ALONE = {"hard_weight": 0.0, "soft_weight": 0.0, "z_loss_weight": 0.3}

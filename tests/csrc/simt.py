@@ -101,7 +101,7 @@ class Simt:
     def kd_rows(self, rows: Rows, spec: RowSpec, outputs: Outputs, grid: Grid, seed: int = 0) -> None:
         """``outputs`` are hard, soft, stats and dz; without hard it is the gradient from stats."""
         outer, inner, columns = rows.student.shape
-        vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale")}
+        vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale", "z_scale")}
         vectors |= {name: pointer(outputs[name]) for name in ("hard", "soft", "stats")}
         params = KDRowsParams(
             z=matrix(rows.student), u=matrix(rows.teacher), dz=matrix(outputs["dz"]), **vectors,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd._request import NUM_STATS, Formula, Rows, RowSpec
+from fastkd._request import LOG_HARD, NUM_STATS, PEAK_STUDENT, Formula, Rows, RowSpec
 from fastkd.backends import torch as reference
 from fastkd.divergences import JSD, NAMED, Divergence, SkewKL, SkewReverseKL
 from tests.csrc.simt import Grid, Outputs, Simt, build
@@ -53,7 +53,8 @@ def check(
     count = rows.student.shape[0] * rows.student.shape[1]
     hard, soft = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     dz = torch.zeros_like(exact.student)
-    reference.kd_rows(exact, spec, hard, soft, torch.empty(0), dz)
+    exact_stats = torch.zeros(count, NUM_STATS, dtype=torch.float64)
+    reference.kd_rows(exact, spec, hard, soft, exact_stats, dz)
 
     gradient = gradient or rows.student.dtype
 
@@ -73,6 +74,9 @@ def check(
     for result in (fused, loss):
         torch.testing.assert_close(result["hard"].double(), hard, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(result["soft"].double(), soft, rtol=1e-5, atol=1e-7)
+        if rows.z_scale is not None:
+            lse, exact_lse = (s[:, PEAK_STUDENT] + s[:, LOG_HARD] for s in (result["stats"].double(), exact_stats))
+            torch.testing.assert_close(lse, exact_lse, rtol=1e-6, atol=1e-6)
     for result in (fused, later):
         error = (result["dz"].double() - dz).norm() / dz.norm().clamp_min(1e-12)
         assert error <= (tolerance or GRADIENT[gradient])
@@ -101,6 +105,16 @@ def make_rows(vocab: int, dtype: torch.dtype, hard: bool = True, soft: bool = Tr
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 def test_divergences_on_every_grid(simt: Simt, member: Divergence, grid: Grid) -> None:
     check(simt, make_rows(1003, torch.bfloat16), spec_of(member, 2.0, 1003), grid)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
+@pytest.mark.parametrize(("hard", "soft"), [(True, True), (False, True), (True, False), (False, False)])
+def test_z_loss(simt: Simt, hard: bool, soft: bool, temperature: float, grid: Grid) -> None:
+    """Beside either term or alone; whatever the temperature of the soft term."""
+    rows = make_rows(1003, torch.float32, hard=hard, soft=soft)._replace(z_scale=torch.tensor([0.05, -0.5]))
+    check(simt, rows, spec_of(NAMED["forward_kl"], temperature, 1003), grid)
+    check(simt, rows, spec_of(JSD(0.5), temperature, 1001)._replace(label_smoothing=0.1), grid)
 
 
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)

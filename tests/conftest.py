@@ -27,8 +27,9 @@ from tests import interpreter  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # NumPy warns of inf − inf and log 0, which the kernels guard and a GPU computes in silence.
+    # NumPy warns of inf − inf, log 0 and a sum's overflow, which the kernels guard and a GPU computes in silence.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore:overflow encountered in reduce:RuntimeWarning:numpy")
     # Of a machine without a compiler, on which test_dispatch says what must run.
     config.addinivalue_line("filterwarnings", "ignore:fastkd. backend 'cpu':RuntimeWarning")
 
@@ -59,7 +60,7 @@ def backend(request: pytest.FixtureRequest, poisoned_memory: None, device: str) 
     if why := _dispatch.refusal(torch.zeros(1, 1, device=device), name):
         pytest.skip(why)
     if name == "triton":
-        interpreter.round_to_nearest()
+        interpreter.mend()
     return name
 
 

@@ -30,19 +30,21 @@ def test_t2_in_value_and_gradient(backend: str, device: str, reduction: str) -> 
             for scaled in (True, False)
         )  # fmt: skip
         for left, right in zip(with_t2, without, strict=True):
-            torch.testing.assert_close(left, (ratio or 1.0) * right, rtol=1e-6, atol=1e-9)
+            expected = (ratio or 1.0) * right
+            assert (left - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_float16_gradients_do_not_vanish(backend: str, device: str, inplace: bool, scale: float) -> None:
     """A mean over many rows, times a GradScaler's factor: what float16 holds of the product, not of the mean alone."""
-    rows, columns = 600, 600
+    rows, columns = 6, 600
+    many = dict(BOTH, num_items=600)
     student, teacher, labels = inputs((rows,), columns, torch.float16, device=device, spread=0.3)
     leaf = student.clone().requires_grad_()
-    loss = fastkd.kd_loss(leaf * 1, teacher, labels, inplace_backward=inplace, backend=backend, **BOTH)
+    loss = fastkd.kd_loss(leaf * 1, teacher, labels, inplace_backward=inplace, backend=backend, **many)
     (loss * scale).backward()
-    _, expected = expect(student, teacher, labels, grad_output=torch.tensor(scale, device=device), **BOTH)
+    _, expected = expect(student, teacher, labels, grad_output=torch.tensor(scale, device=device), **many)
     rounded = expected.half().double()
     assert leaf.grad is not None
     error = (leaf.grad.double() - rounded).norm() / rounded.norm()

@@ -162,9 +162,9 @@ FASTKD_D auto load_shifted(const Row<T, kStep>& row, int first) {
     return result;
 }
 
-// The columns of a step; −inf outside the row.
+// The columns of a step; ``outside``, which is −inf, outside the row.
 template <class Element, int kStep>
-FASTKD_D void load(const Row<const Element, kStep>& row, int first, Element (&columns)[kStep]) {
+FASTKD_D void load(const Row<const Element, kStep>& row, int first, Element outside, Element (&columns)[kStep]) {
     using R = Row<const Element, kStep>;
     constexpr int kWords = R::kColumns * R::kSize / 4;
 #pragma unroll
@@ -176,18 +176,22 @@ FASTKD_D void load(const Row<const Element, kStep>& row, int first, Element (&co
             memcpy(&columns[start], &words, sizeof(words));
         } else {
 #pragma unroll
-            for (int j = 0; j < R::kColumns; ++j) {
-                from_float(-kInfinity, columns[start + j]);
-                if (row.holds(at + j)) columns[start + j] = row.data[at + j];
-            }
+            for (int j = 0; j < R::kColumns; ++j) columns[start + j] = row.holds(at + j) ? row.data[at + j] : outside;
         }
     }
+}
+
+template <class Element>
+FASTKD_D Element minus_infinity() {
+    Element value;
+    from_float(-kInfinity, value);
+    return value;
 }
 
 template <class Element, int kStep>
 FASTKD_D void load_floats(const Row<const Element, kStep>& row, int first, float (&values)[kStep]) {
     Element columns[kStep];
-    load(row, first, columns);
+    load(row, first, minus_infinity<Element>(), columns);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) values[j] = to_float(columns[j]);
 }
@@ -211,39 +215,79 @@ FASTKD_D uint32_t pack(float low, float high) {
 #endif
 }
 
+// A step's columns, from floats.
+template <class T, int kStep, class Pack>
+FASTKD_D void round_pairs(const float (&values)[kStep], T (&columns)[kStep], Pack&& pack) {
+#pragma unroll
+    for (int j = 0; j < kStep; j += 2) {
+        const uint32_t pair = pack(values[j], values[j + 1]);
+        memcpy(&columns[j], &pair, sizeof(pair));
+    }
+}
+
+template <class T, int kStep>
+FASTKD_D void round_columns(const float (&values)[kStep], T (&columns)[kStep]) {
+    if constexpr (sizeof(T) == 4) {
+        memcpy(columns, values, sizeof(columns));
+    } else {
+        round_pairs(values, columns, [](float low, float high) { return pack<T>(low, high); });
+    }
+}
+
 // Writes the columns of a step to where its vectors' boundaries are.
 template <class T, int kStep>
-FASTKD_D void store_whole(T* to, const float (&values)[kStep]) {
+FASTKD_D void store_whole(T* to, const T (&columns)[kStep]) {
     using R = Row<T, kStep>;
     constexpr int kWords = R::kColumns * R::kSize / 4;
 #pragma unroll
     for (int start = 0; start < kStep; start += R::kColumns) {
         Words<kWords> words;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-            if constexpr (R::kSize == 4) {
-                words.word[i] = bit_cast<uint32_t>(values[start + i]);
-            } else {
-                words.word[i] = pack<T>(values[start + 2 * i], values[start + 2 * i + 1]);
-            }
-        }
+        memcpy(&words, &columns[start], sizeof(words));
         *reinterpret_cast<Words<kWords>*>(to + start) = words;
     }
 }
 
 // The same of any step; columns outside the row are left out.
 template <class T, int kStep>
-FASTKD_D void store(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
-    if (row.shift == 0 && first >= 0 && first <= row.n - kStep) return store_whole(row.data + first, values);
+FASTKD_D void store_columns(const Row<T, kStep>& row, int first, const T (&columns)[kStep]) {
+    if (row.shift == 0 && first >= 0 && first <= row.n - kStep) return store_whole(row.data + first, columns);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
-        if (row.holds(first + j)) from_float(values[j], row.data[first + j]);
+        if (row.holds(first + j)) row.data[first + j] = columns[j];
     }
+}
+
+template <class T, int kStep>
+FASTKD_D void store(const Row<T, kStep>& row, int first, const float (&values)[kStep]) {
+    T columns[kStep];
+    round_columns(values, columns);
+    store_columns(row, first, columns);
 }
 
 template <class T>
 FASTKD_HD constexpr DType type_of() {
     return std::is_same_v<T, float> ? DType::kFloat32 : std::is_same_v<T, bfloat16> ? DType::kBFloat16 : DType::kFloat16;
+}
+
+// bfloat16 or float16, which of them is known at run time: one copy of the code that moves them serves both.
+struct Narrow {
+    using Bits = uint16_t;
+    bool is_bfloat16;
+
+    FASTKD_D explicit Narrow(DType dtype) : is_bfloat16(dtype == DType::kBFloat16) {}
+    FASTKD_D Bits outside() const { return is_bfloat16 ? 0xff80 : 0xfc00; }  // −inf
+    FASTKD_D float widen(Bits bits) const {
+        return is_bfloat16 ? to_float(bit_cast<bfloat16>(bits)) : to_float(bit_cast<float16>(bits));
+    }
+    FASTKD_D uint32_t pack(float low, float high) const {
+        return is_bfloat16 ? fastkd::pack<bfloat16>(low, high) : fastkd::pack<float16>(low, high);
+    }
+};
+
+// Whether a row in a kernel of T is of a narrower type.
+template <class T>
+FASTKD_HD bool is_narrower(DType dtype) {
+    return std::is_same_v<T, float> && dtype != DType::kFloat32;
 }
 
 // The columns of a row as vectors of T. In kernels of T = float, the row may be of any type.
@@ -257,39 +301,34 @@ struct Source {
     FASTKD_D Source(const char* data, DType dtype, int n, int head)
         : row(reinterpret_cast<const T*>(data), n, head), dtype(dtype), head(head) {}
 
-    FASTKD_D bool is_converted() const { return std::is_same_v<T, float> && dtype != DType::kFloat32; }
-
     // Whether its vectors can be copied as they are.
-    FASTKD_D bool is_direct() const { return row.shift == 0 && !is_converted(); }
+    FASTKD_D bool is_direct() const { return row.shift == 0 && !is_narrower<T>(dtype); }
 
     FASTKD_D Vec<T> load(int first) const {
         Vec<T> vec;
-        if constexpr (std::is_same_v<T, float>) {
-            if (is_converted()) {
-                float values[kColumns];
-                dtype == DType::kBFloat16 ? load_floats(as<bfloat16>(), first, values)
-                                          : load_floats(as<float16>(), first, values);
-                memcpy(&vec, values, sizeof(vec));
-                return vec;
-            }
+        if (is_narrower<T>(dtype)) {
+            const Narrow type(dtype);
+            Narrow::Bits columns[kColumns];
+            fastkd::load(narrow(), first, type.outside(), columns);
+            float values[kColumns];
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) values[j] = type.widen(columns[j]);
+            memcpy(&vec, values, sizeof(vec));
+        } else {
+            T columns[kColumns];
+            fastkd::load(row, first, minus_infinity<T>(), columns);
+            memcpy(&vec, columns, sizeof(vec));
         }
-        T columns[kColumns];
-        fastkd::load(row, first, columns);
-        memcpy(&vec, columns, sizeof(vec));
         return vec;
     }
 
     FASTKD_D float operator[](int column) const {
-        if constexpr (std::is_same_v<T, float>) {
-            if (is_converted()) return dtype == DType::kBFloat16 ? as<bfloat16>()[column] : as<float16>()[column];
-        }
-        return row[column];
+        return is_narrower<T>(dtype) ? Narrow(dtype).widen(narrow().data[column]) : row[column];
     }
 
 private:
-    template <class Narrow>
-    FASTKD_D Row<const Narrow, kColumns> as() const {
-        return {reinterpret_cast<const Narrow*>(row.data), row.n, head};
+    FASTKD_D Row<const Narrow::Bits, kColumns> narrow() const {
+        return {reinterpret_cast<const Narrow::Bits*>(row.data), row.n, head};
     }
 };
 
@@ -303,34 +342,38 @@ struct Sink {
 
     // A step that lies in the row.
     FASTKD_D void store_whole(int first, const float (&values)[kColumns]) const {
-        as_its_type([&](auto* row) { fastkd::store_whole(row + first, values); });
+        as_its_type(values, [&](auto* row, const auto& columns) { fastkd::store_whole(row + first, columns); });
     }
 
     // Any step.
     FASTKD_D void store(int first, const float (&values)[kColumns]) const {
-        as_its_type([&](auto* row) {
+        as_its_type(values, [&](auto* row, const auto& columns) {
             const Row<std::remove_reference_t<decltype(*row)>, kColumns> to(row, n, head_of<kColumns>(row));
-            fastkd::store(to, first, values);
+            store_columns(to, first, columns);
         });
     }
 
 private:
     template <class Visit>
-    FASTKD_D void as_its_type(Visit&& visit) const {
-        if constexpr (std::is_same_v<T, float>) {
-            if (dtype == DType::kBFloat16) return visit(reinterpret_cast<bfloat16*>(data));
-            if (dtype == DType::kFloat16) return visit(reinterpret_cast<float16*>(data));
+    FASTKD_D void as_its_type(const float (&values)[kColumns], Visit&& visit) const {
+        if (is_narrower<T>(dtype)) {
+            const Narrow type(dtype);
+            Narrow::Bits columns[kColumns];
+            round_pairs(values, columns, [&](float low, float high) { return type.pack(low, high); });
+            visit(reinterpret_cast<Narrow::Bits*>(data), columns);
+        } else {
+            T columns[kColumns];
+            round_columns(values, columns);
+            visit(reinterpret_cast<T*>(data), columns);
         }
-        visit(reinterpret_cast<T*>(data));
     }
 };
 
 // Columns before a row of a matrix up to the boundary of a step.
 template <class T>
 FASTKD_D int head_of(const char* row, DType dtype) {
-    const bool narrow = std::is_same_v<T, float> && dtype != DType::kFloat32;
-    return narrow ? head_of<Vec<T>::kColumns>(reinterpret_cast<const uint16_t*>(row))
-                  : head_of<Vec<T>::kColumns>(reinterpret_cast<const T*>(row));
+    return is_narrower<T>(dtype) ? head_of<Vec<T>::kColumns>(reinterpret_cast<const uint16_t*>(row))
+                                 : head_of<Vec<T>::kColumns>(reinterpret_cast<const T*>(row));
 }
 
 struct __attribute__((may_alias)) HalfWord {

@@ -19,7 +19,7 @@ SPEC = RowSpec(2.0, 0, 1.0, 0.0, 0.0, 0.1, 4990)
 
 @pytest.fixture(autouse=True)
 def rounding() -> None:
-    interpreter.round_to_nearest()
+    interpreter.mend()
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_program_walks_several_rows(processors: None) -> None:
 
 
 def row_of(rows: Rows, i: int) -> Rows:
-    return Rows(*(x[:, i : i + 1] for x in rows[:2]), *(x[i : i + 1] for x in rows[2:]))
+    return Rows(*(x[:, i : i + 1] for x in rows[:2]), *(x if x is None else x[i : i + 1] for x in rows[2:]))
 
 
 @pytest.mark.parametrize("processors", [1, 8], indirect=True)

@@ -22,8 +22,8 @@ constexpr bool kHasClusters = true;
 constexpr bool kHasClusters = false;
 #endif
 
-// sm_100 multiplies pairs of floats, whose registers must be neighbours: longer walks do not fit 80 of them there.
-#if __CUDA_ARCH__ == 1000
+// From sm_100 on pairs of floats are multiplied, whose registers must be neighbours: longer walks do not fit 80 there.
+#if __CUDA_ARCH__ >= 1000
 constexpr bool kPairsRegisters = true;
 #else
 constexpr bool kPairsRegisters = false;

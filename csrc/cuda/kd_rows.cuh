@@ -59,9 +59,7 @@ struct Task {
     int row;
     float hard_scale, soft_scale;
     int label;  // −1: none, or outside the vocabulary
-    float z_scale;
-
-    FASTKD_D bool counts() const { return hard_scale != 0.0f || soft_scale != 0.0f || z_scale != 0.0f; }
+    bool counts;
 };
 
 // Where a row begins, in bytes from its matrix's data: of pointers that go round a loop, the compiler would not know
@@ -112,17 +110,20 @@ struct KDRow {
     FASTKD_D bool squares() const { return kSoft && p.temperature == 2.0f; }
 
     FASTKD_D Task fetch(int row) const {
-        Task task = {row, 0.0f, 0.0f, -1, 0.0f};
+        Task task = {row, 0.0f, 0.0f, -1, false};
         if (row >= rows()) return task;
         if (kSoft) task.soft_scale = p.soft_scale[row];
-        if (p.z_scale) task.z_scale = p.z_scale[row];
         if (p.labels) {
             task.hard_scale = p.hard_scale[row];
             const uint64_t label = p.labels[row];
             if (label < static_cast<uint64_t>(p.n)) task.label = static_cast<int>(label);
         }
+        task.counts = task.hard_scale != 0.0f || task.soft_scale != 0.0f || z_scale(row) != 0.0f;
         return task;
     }
+
+    // Few ask for it, and a register is more than reading it again.
+    FASTKD_D float z_scale(int row) const { return p.z_scale ? p.z_scale[row] : 0.0f; }
 
     // The addresses of a row. Host code makes inner_rows the number of rows where the strides allow it.
     FASTKD_D Place place(int row) const {
@@ -160,7 +161,7 @@ struct KDRow {
 
     // The next row from this one on that counts. Those that do not are not read.
     FASTKD_D Task next_that_counts(Task task, int step) const {
-        while (task.row < rows() && !task.counts()) {
+        while (task.row < rows() && !task.counts) {
             clear(place(task.row), 0);
             if (is_first() && !p.from_stats) p.hard[task.row] = p.soft[task.row] = 0.0f;
             task = fetch(task.row + step);
@@ -353,7 +354,8 @@ struct KDRow {
     // Folds what stage 3 needs of a row into coefficients.
     FASTKD_D void fold(RowNumbers& row, const Task& task) {
         const float z_rounding = rounding_of(row.z_peak, k);
-        const float z_grad = task.z_scale == 0.0f ? 0.0f : 2.0f * task.z_scale * (row.z_peak + row.lse_h * kLn2);
+        const float z_weight = 2.0f * z_scale(task.row);
+        const float z_grad = z_weight == 0.0f ? 0.0f : z_weight * (row.z_peak + row.lse_h * kLn2);
         const float hard_scale = task.hard_scale + z_grad;  // of softmax(z), but for the label's column
         const auto hard = [&](float rounding) {
             return hard_scale == 0.0f ? 0.0f : hard_scale * exp2(rounding - row.lse_h);
@@ -478,12 +480,12 @@ struct KDRow {
     }
 };
 
-// Of an SM. Walks that load take more registers.
-template <bool kSummed, bool kResident>
-constexpr int kBlocks = kResident && !(kSummed && kPairsRegisters) ? 3 : 2;
+// Of an SM. Walks that load take more registers, and so do three walks over rows that may be converted.
+template <class T, bool kSummed, bool kResident>
+constexpr int kBlocks = kResident && !(kSummed && (kPairsRegisters || sizeof(T) == 4)) ? 3 : 2;
 
 template <class T, class Functor, bool kSoft, bool kResident>
-FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<kSoft && kMomentOf<Functor> == Moment::kNone, kResident>))
+FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<T, kSoft && kMomentOf<Functor> == Moment::kNone, kResident>))
 kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
     FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(RowNumbers, numbers);
@@ -509,7 +511,7 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
         block_barrier();
     };
     for (int turn = 0; task.row < kernel.rows();) {
-        Task next = {kernel.rows(), 0.0f, 0.0f, -1, 0.0f};
+        Task next = {kernel.rows(), 0.0f, 0.0f, -1, false};
         if constexpr (kResident) next = kernel.fetch(task.row + step);
         if (!kResident && p.from_stats) {
             block_barrier();

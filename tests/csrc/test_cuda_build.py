@@ -32,11 +32,14 @@ def cuobjdump(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def usage(*arguments: str) -> list[tuple[str, ...]]:
+    """(mangled name, registers, stack, shared, local) of every kernel."""
+    pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return [e for e in re.findall(pattern, cuobjdump(*arguments, "--dump-resource-usage")) if "_kernel" in e[0]]
+
+
 def test_no_kernel_spills_or_uses_a_stack() -> None:
-    usage = re.findall(
-        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", cuobjdump("--dump-resource-usage")
-    )
-    kernels = [entry for entry in usage if "_kernel" in entry[0]]
+    kernels = usage()
     assert len(kernels) >= 70  # of one architecture
     for name, registers, stack, shared, local in kernels:
         assert int(registers) <= REGISTERS[0] and stack == local == "0", name
@@ -51,6 +54,16 @@ def sm_90() -> dict[str, str]:
         pytest.skip("FASTKD_CUDA_ARCHS leaves sm_90 out")
     functions = cuobjdump("--gpu-architecture", "sm_90", "--dump-sass").split("Function : ")[1:]
     return {name: code for name, _, code in (f.partition("\n") for f in functions)}
+
+
+def test_three_blocks_share_an_sm() -> None:
+    """In half precision, of which a column has the fewest issue slots."""
+    sm_90()  # skips where the module is not built for it
+    pattern = r"kd_rows_kernel\w*float16\w*Lb1EEEv"  # bfloat16 too
+    resident = [entry for entry in usage("--gpu-architecture", "sm_90") if re.search(pattern, entry[0])]
+    assert len(resident) == 16  # 2 dtypes, 8 functors
+    for name, registers, *_ in resident:
+        assert int(registers) <= REGISTERS[1], name
 
 
 def kd_rows(pattern: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ endif
 $(VENV)/.demo: export FASTKD_CUDA_ARCHS ?= none
 
 test: install
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: install
 	$(BIN)/ruff check .

@@ -19,3 +19,4 @@ from fastkd.layers import copy_layers as copy_layers
 from fastkd.layers import layer_map as layer_map
 from fastkd.modules import KDLoss as KDLoss
 from fastkd.sources import LinearLogits as LinearLogits
+from fastkd.sources import TopK as TopK

@@ -8,6 +8,7 @@ A scalar loss computes its gradient in forward, while the row is at hand, and ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch.autograd.function import FunctionCtx
 
 from fastkd import _linear, _op
 from fastkd._request import LOG_HARD, PEAK_STUDENT, RowSpec
-from fastkd.sources import LinearLogits
+from fastkd.sources import LinearLogits, TopK
 
 # Whether the running backward keeps its graph. Private to PyTorch; without it, assume that it does and copy.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+_OVERWRITTEN = "inplace_backward: student_logits were overwritten with their gradient, then used again"
 
 
 class _SecondOrder(torch.autograd.Function):
@@ -98,7 +101,7 @@ class _ScalarLoss(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor | None, _hard: None, _soft: None, grad_student: Tensor | None = None
     ) -> Any:
         if grad_student is not None:
-            raise RuntimeError("inplace_backward: student_logits were overwritten with their gradient, then used again")
+            raise RuntimeError(_OVERWRITTEN)
         if grad_loss is None:
             return (None,) * 11
         grad, soft = ctx.saved_tensors
@@ -148,7 +151,7 @@ class _LossPerRow(torch.autograd.Function):
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Where logits are not there yet: Σ over the rows, or ``late`` one loss a row and the gradient in backward."""
+    """Where not all logits are there: Σ over the rows, or ``late`` one loss a row and the gradient in backward."""
 
     @staticmethod
     def forward(
@@ -159,6 +162,7 @@ class _LinearLoss(torch.autograd.Function):
         teacher: Tensor | None,
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
+        teacher_ids: Tensor | None,
         labels: Tensor | None,
         hard_scale: Tensor | None,
         soft_scale: Tensor | None,
@@ -166,13 +170,21 @@ class _LinearLoss(torch.autograd.Function):
         varying: Tensor | None,
         numbers: tuple[Any, ...],
         late: bool,
+        inplace: bool,
         backend: str,
         own_rows: bool,
     ) -> tuple[Tensor, ...]:
-        sources = (student, weight, bias, teacher, teacher_weight, teacher_bias)
+        sources = (student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids)
         tensors = (*sources, labels, hard_scale, soft_scale, z_scale)
         wants = [want and not late for want in ctx.needs_input_grad[:3]]
-        hard, soft, stats, *grads = _op.linear_rows(*tensors, *numbers[:7], varying, *numbers[7:], wants, backend)
+        ctx.numbers, ctx.late, ctx.inplace, ctx.backend = numbers, late, inplace, backend
+        dirty = inplace and wants[0]
+        if dirty:
+            hard, soft, stats = _LinearLoss._over_logits(ctx, tensors, varying)
+            ctx.mark_dirty(student)
+            grads: list[Any] = [student, None, None]
+        else:
+            hard, soft, stats, *grads = _op.linear_rows(*tensors, *numbers[:7], varying, *numbers[7:], wants, backend)
         if own_rows:
             hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         losses = _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale)
@@ -183,25 +195,42 @@ class _LinearLoss(torch.autograd.Function):
             ctx.save_for_backward(*grads, soft)
         ctx.mark_non_differentiable(hard)
         ctx.set_materialize_grads(False)
-        ctx.numbers, ctx.late, ctx.backend = numbers, late, backend
-        return losses if late else losses.sum(), hard, soft
+        loss = losses if late else losses.sum()
+        return (loss, hard, soft, student) if dirty else (loss, hard, soft)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _hard: None, _soft: None, grad_student: Tensor | None = None
+    ) -> Any:
+        if grad_student is not None:
+            raise RuntimeError(_OVERWRITTEN)
         if grad_loss is None:
-            return (None,) * 15
+            return (None,) * 17
         wants = ctx.needs_input_grad[:3]
         if ctx.late:
             *tensors, varying, soft = _saved(ctx)
-            tensors[7:] = _times(tensors[7:], grad_loss)
-            numbers = (*ctx.numbers[:7], varying, *ctx.numbers[7:])
-            grads = _op.linear_rows(*tensors, *numbers, list(wants), ctx.backend)[3:]
+            tensors[8:] = _times(tensors[8:], grad_loss)
+            if ctx.inplace and not _is_batched(grad_loss):
+                grads = [tensors[0].detach(), None, None]
+                _LinearLoss._over_logits(ctx, (grads[0], *tensors[1:]), varying)
+            else:
+                numbers = (*ctx.numbers[:7], varying, *ctx.numbers[7:])
+                grads = _op.linear_rows(*tensors, *numbers, list(wants), ctx.backend)[3:]
         else:
             *grads, soft = ctx.saved_tensors
             wanted = zip(grads, wants, strict=True)
             grads = [_scaled(grad, grad_loss, ctx.backend) if want else grad for grad, want in wanted]
         final = (_final(grad, soft) if want else None for grad, want in zip(grads, wants, strict=True))
-        return *final, *(None,) * 12
+        return *final, *(None,) * 14
+
+    @staticmethod
+    def _over_logits(ctx: Any, tensors: Sequence[Tensor | None], varying: Tensor | None) -> tuple[Tensor, ...]:
+        student, _, _, log_probs, _, _, ids, *vectors = tensors
+        *spec, _, _, _, _, tail, _, _ = ctx.numbers
+        losses: tuple[Tensor, ...] = _op.sparse_rows_(
+            student, log_probs, ids, *vectors, *spec, varying, tail, ctx.backend
+        )
+        return losses
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -255,7 +284,7 @@ def kd_rows(
 
 def linear_rows(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits | None,
+    teacher: Tensor | LinearLogits | TopK | None,
     labels: Tensor | None,
     hard_scale: Tensor | None,
     soft_scale: Tensor | None,
@@ -265,9 +294,13 @@ def linear_rows(
     per_row: bool,
     chunk_rows: int | None,
     backend: str,
+    inplace: bool = False,
     own_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where one of the two is a ``LinearLogits``, with gradients to the tensors of the student's."""
+    """The same where one of the two is no tensor of logits, with gradients to the tensors of the student's."""
+    ids, tail = None, ""
+    if isinstance(teacher, TopK):
+        ids, teacher, _, tail = teacher
     *of_student, scale, softcap = _as_linear(student)
     *of_teacher, teacher_scale, teacher_softcap = _as_linear(teacher)
     if not torch.is_grad_enabled():
@@ -276,11 +309,11 @@ def linear_rows(
     spec, varying = _varying(spec)
     autocast = _linear.autocast_dtype(of_student[0])
     late = per_row or _linear.logits_like(student, autocast).dtype == torch.float16
-    numbers = (*spec, scale, softcap, teacher_scale, teacher_softcap, autocast, chunk_rows)
+    numbers = (*spec, scale, softcap, teacher_scale, teacher_softcap, tail, autocast, chunk_rows)
     loss, hard, soft = _apply(
-        _LinearLoss, *of_student, *of_teacher, labels, hard_scale, soft_scale, z_scale, varying, numbers, late, backend,
-        own_rows,
-    )  # fmt: skip
+        _LinearLoss, *of_student, *of_teacher, ids, labels, hard_scale, soft_scale, z_scale, varying, numbers, late,
+        inplace, backend, own_rows,
+    )[:3]  # fmt: skip
     return loss.sum() if late and not per_row else loss, hard, soft
 
 

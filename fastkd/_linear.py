@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fastkd import _dispatch
+from fastkd import _dispatch, _sparse
 from fastkd._request import Rows, RowSpec
 from fastkd._views import row_views
-from fastkd.sources import LinearLogits
+from fastkd.sources import LinearLogits, TopK
 
 # Bytes of the logits that exist at once, and of their gradient where it is apart. Every chunk has the matrices read,
 # and a sum as large read and written: few rows make the products wait for memory, many fill it for little.
@@ -81,18 +81,21 @@ class Source(Protocol):
 
 
 def linear_rows(
-    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | None, vectors: Vectors, spec: RowSpec,
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | TopK | None, vectors: Vectors, spec: RowSpec,
     losses: Sequence[Tensor], autocast: torch.dtype | None, chunk_rows: int | None, wants: Sequence[bool], backend: str,
+    inplace: bool = False,
 ) -> list[Tensor | None]:  # fmt: skip
     """Fill ``losses``, hard [N], soft [N], stats [N, 8]; gradients of those of the student's tensors that are wanted.
 
-    On a CPU rows that do not count are left out of the products, and have losses of 0; elsewhere, looking would wait,
-    and their hidden states, which may be NaN, are taken for 0.
+    A ``TopK`` is of [N, K] here. On a CPU rows that do not count are left out of the products, and have losses of 0;
+    elsewhere, looking would wait, and their hidden states, which may be NaN, are taken for 0.
+
+    ``inplace``: the gradient of logits goes over them.
     """
     is_cpu = losses[0].is_cpu
-    counts: Tensor | None = functools.reduce(
-        torch.logical_or, (scale != 0 for scale in vectors[1:] if scale is not None)
-    )
+    counts: Tensor | None = None
+    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
+        counts = functools.reduce(torch.logical_or, (scale != 0 for scale in vectors[1:] if scale is not None))
     counted = None
     if counts is not None and _looking_is_free(counts):
         counted = None if bool(counts.all()) else counts.nonzero().squeeze(1)
@@ -100,20 +103,26 @@ def linear_rows(
     if counted is not None:
         for whole in losses:
             whole.zero_()
-    z_source = _source(student, spec.vocab_size, autocast, wants, counted is None, counts)
-    u_source = None if teacher is None else _source(teacher, spec.vocab_size, autocast)
+    z_source = _source(student, spec.vocab_size, autocast, wants, counted is None, counts, inplace)
+    u_source = None if teacher is None or isinstance(teacher, TopK) else _source(teacher, spec.vocab_size, autocast)
     count = len(losses[0] if counted is None else counted)
-    step = chunk_rows or default_chunk_rows(z_source.row_bytes + (u_source.row_bytes if u_source else 0), is_cpu)
+    row_bytes = z_source.row_bytes + (u_source.row_bytes if u_source else 0)
+    step = chunk_rows or (default_chunk_rows(row_bytes, is_cpu) if row_bytes else max(1, count))
     for start in range(0, count, step):
         at = slice(start, min(start + step, count))
         rows = at if counted is None else counted[at]
         z, dz = z_source.logits(rows)
         u = None if u_source is None else u_source.logits(rows)[0]
-        of_chunk = [whole.new_empty(len(z), *whole.shape[1:]) for whole in losses]
+        of_chunk = [whole.new_empty(at.stop - at.start, *whole.shape[1:]) for whole in losses]
         views = iter(row_views(*(t for t in (z, u, dz) if t is not None)))
         part = Rows(next(views), None if u is None else next(views), *(v if v is None else v[rows] for v in vectors))
         hard, soft, stats = of_chunk
-        _dispatch.choose(z, backend, u).kd_rows(part, spec, hard, soft, stats, next(views, None))
+        out = next(views, None)
+        if isinstance(teacher, TopK):
+            of_teacher = teacher._replace(ids=teacher.ids[rows], log_probs=teacher.log_probs[rows])
+            _sparse.kd_rows(part, of_teacher, spec, hard, soft, stats, out, backend)
+        else:
+            _dispatch.choose(z, backend, u).kd_rows(part, spec, hard, soft, stats, out)
         for whole, some in zip(losses, of_chunk, strict=True):
             whole[rows] = some
         if dz is not None:
@@ -132,9 +141,10 @@ def _source(
     wants: Sequence[bool] = (False, False, False),
     all_rows: bool = True,
     counts: Tensor | None = None,
+    inplace: bool = False,
 ) -> Source:
     if isinstance(source, Tensor):
-        return Whole(source, wants[0], all_rows)
+        return Whole(source, wants[0], all_rows, inplace)
     return Linear(source, vocab_size, product_dtype(source.hidden, autocast), wants, counts)
 
 
@@ -143,14 +153,20 @@ class Whole:
 
     row_bytes = 0
 
-    def __init__(self, logits: Tensor, want_grad: bool, all_rows: bool) -> None:
+    def __init__(self, logits: Tensor, want_grad: bool, all_rows: bool, inplace: bool) -> None:
         (self._logits,) = row_views(logits)  # [B, S, V]
         self._grad: Tensor | None = None
         if want_grad:
             shape = logits.shape[:-1].numel(), logits.shape[-1]
-            self._grad = logits.new_empty(shape) if all_rows else logits.new_zeros(shape)
+            if inplace:
+                self._grad = logits.view(shape)
+            else:
+                self._grad = logits.new_empty(shape) if all_rows else logits.new_zeros(shape)
 
     def logits(self, rows: Selection) -> tuple[Tensor, Tensor | None]:
+        outer, inner, columns = self._logits.shape
+        if isinstance(rows, slice) and rows.stop - rows.start == outer * inner:
+            return self._logits, None if self._grad is None else self._grad.view(outer, inner, columns)
         if self._grad is None:
             grad = None
         elif isinstance(rows, slice):
@@ -161,7 +177,6 @@ class Whole:
             return self._logits[0][rows], grad
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=self._logits.device)
-        inner = self._logits.shape[1]
         return self._logits[rows // inner, rows % inner], grad
 
     def backward(self, rows: Selection, grad: Tensor) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _dispatch, _labels, _linear
+from fastkd import _dispatch, _labels, _linear, _sparse
 from fastkd._request import NUM_STATS, Rows, RowSpec
 from fastkd._views import flat, row_views
-from fastkd.sources import LinearLogits
+from fastkd.sources import LinearLogits, TopK
 
 _lib = torch.library.Library("fastkd", "DEF")  # type: ignore[no-untyped-call]
 
@@ -116,33 +116,70 @@ def _fake_linear_rows(student: Tensor, weight: Tensor | None, bias: Tensor | Non
 
 @_define(
     "linear_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor? teacher, "
-    f"Tensor? teacher_weight, Tensor? teacher_bias, {_VECTORS}, {_SPEC}, float student_scale, float? student_softcap, "
-    "float teacher_scale, float? teacher_softcap, ScalarType? autocast, SymInt? chunk_rows, bool[3] wants, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_ids, {_VECTORS}, {_SPEC}, float student_scale, "
+    "float? student_softcap, float teacher_scale, float? teacher_softcap, str tail, ScalarType? autocast, "
+    "SymInt? chunk_rows, bool[3] wants, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_rows,
 )
 def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(hard, soft, stats, and those gradients of the student's three tensors that ``wants`` asks for).
 
-    Each source is three tensors and two numbers, those of a ``LinearLogits``; or logits, and no matrix.
+    Each source is three tensors and two numbers, those of a ``LinearLogits``; or logits, and no matrix; or the
+    teacher's is log-probabilities, with their ids and a tail, those of a ``TopK``.
     """
-    weight, bias, teacher, teacher_weight, teacher_bias, *vectors = args[:9]
-    *numbers, varying, scale, softcap, teacher_scale, teacher_softcap, autocast, chunk_rows, wants, backend = args[9:]
-    spec = _row_spec(numbers, varying)
+    weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids, *vectors = args[:10]
+    *numbers, varying, scale, softcap, teacher_scale, teacher_softcap, tail, autocast = args[10:-3]
     source: Tensor | LinearLogits = student
     if weight is not None:
         source = LinearLogits(student, weight, bias, scale, softcap)
     if teacher_weight is not None:
         teacher = LinearLogits(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    elif teacher_ids is not None:
+        teacher = TopK(teacher_ids, teacher, tail=tail)
+    losses, grads = _run_linear(source, teacher, vectors, _row_spec(numbers, varying), autocast, *args[-3:])
+    given = zip(grads, (student, weight, bias), strict=True)
+    return *losses, *(student.new_empty(0) if grad is None else grad.view(t.shape) for grad, t in given)
+
+
+@_define(
+    f"sparse_rows_(Tensor(a!) student, Tensor? teacher, Tensor? teacher_ids, {_VECTORS}, {_SPEC}, str tail, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    lambda student, *args: _losses(student),
+)
+def sparse_rows_(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(hard, soft, stats) of logits and a ``TopK``, or no teacher; the gradient is written over ``student``."""
+    log_probs, ids, *vectors = args[:6]
+    *numbers, varying, tail, backend = args[6:]
+    teacher = None if ids is None else TopK(ids, log_probs, tail=tail)
+    wants = (True, False, False)
+    losses, _ = _run_linear(student, teacher, vectors, _row_spec(numbers, varying), None, None, wants, backend, True)
+    torch.autograd.graph.increment_version(student)  # a kernel's writes are not seen by autograd
+    return losses
+
+
+def _run_linear(
+    source: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | TopK | None,
+    vectors: Sequence[Tensor | None],
+    spec: RowSpec,
+    autocast: torch.dtype | None,
+    *how: Any,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]]:
+    """(losses, gradients): see ``_linear.linear_rows``."""
     logits = _linear.logits_like(source, autocast)
     of_rows = _linear.Vectors(*(None if t is None else flat(t) for t in vectors))
     _check_labels(logits, spec, *of_rows[:3])
+    if isinstance(teacher, TopK):
+        k = teacher.ids.shape[-1]
+        teacher = teacher._replace(ids=teacher.ids.reshape(-1, k), log_probs=teacher.log_probs.reshape(-1, k))
+        assert of_rows.soft_scale is not None
+        if logits.device.type == "cpu" or _labels.ALWAYS:
+            _sparse.check(teacher, spec.vocab_size, of_rows.soft_scale)
     losses = _losses(logits)
     flat_losses = [t.view(losses[0].numel(), *t.shape[logits.dim() - 1 :]) for t in losses]
-    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        grads = _linear.linear_rows(source, teacher, of_rows, spec, flat_losses, autocast, chunk_rows, wants, backend)
-    given = zip(grads, (student, weight, bias), strict=True)
-    return *losses, *(student.new_empty(0) if grad is None else grad.view(t.shape) for grad, t in given)
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        grads = _linear.linear_rows(source, teacher, of_rows, spec, flat_losses, autocast, *how)
+    return losses, grads
 
 
 @_define("scale_(Tensor(a!) grad, Tensor scalar, str backend) -> ()", lambda *_: None)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.sources import LinearLogits
+from fastkd._request import Formula
+from fastkd.sources import LinearLogits, TopK
 
 STRIDED = torch.strided
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+TAILS = ("bucket", "renormalize", "support", "truncate")
 
 # The way to what an argument does not do: a tensor where a number is wanted, and values of a wrong type or dtype.
 _A_CALL_FOR_EACH = (
@@ -88,6 +90,42 @@ def check_linear(name: str, source: LinearLogits, autocast: bool) -> None:
         check_number(f"{name}.softcap", softcap)
         if not softcap > 0:
             raise ValueError(f"{name}.softcap: got {softcap}, must be > 0, or None for none")
+
+
+def check_top_k(name: str, source: TopK, student_logits: Tensor, temperature: float) -> None:
+    """What it lists is looked at where that waits for nothing, with the labels."""
+    ids, log_probs = source[:2]
+    _check_tensor(f"{name}.log_probs", log_probs)
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}.ids: got {type(ids).__name__}, must be a tensor")
+    check_dense(f"{name}.ids", ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}.ids: got {ids.dtype}, must be torch.int32 or torch.int64")
+    if ids.dim() < 1 or ids.shape[-1] < 1 or ids.shape[:-1] != student_logits.shape[:-1]:
+        raise ValueError(
+            f"{name}.ids: got shape {tuple(ids.shape)}, must be {(*student_logits.shape[:-1], 'K')} with K >= 1, "
+            "student_logits' in every dimension but the last; nothing broadcasts".replace("'K'", "K")
+        )
+    if log_probs.shape != ids.shape:
+        raise ValueError(
+            f"{name}.log_probs: got shape {tuple(log_probs.shape)}, must be that of ids, {tuple(ids.shape)}"
+        )
+    check_device(f"{name}.ids", ids, student_logits)
+    check_device(f"{name}.log_probs", log_probs, student_logits)
+    check_one_of(f"{name}.tail", source.tail, TAILS)
+    if source.temperature != temperature:
+        raise ValueError(
+            f"temperature: got {temperature} with log-probabilities of a teacher at temperature {source.temperature}, "
+            "must be the same"
+        )
+
+
+def check_tail(name: str, tail: str, formula: Formula, w: float) -> None:
+    if tail == "renormalize" and formula == Formula.MIXTURE_KL and w == 1.0:
+        raise ValueError(
+            f"{name}.tail: got 'renormalize' with a divergence that is infinite where the teacher has no mass, as a "
+            "reverse KL is; must be 'bucket', 'support' or 'truncate'"
+        )
 
 
 def is_dtensor(value: Tensor) -> bool:

@@ -12,13 +12,14 @@ from torch import Tensor
 from fastkd import _autograd, _dispatch, _keywords, _linear, _validate
 from fastkd._request import RowSpec
 from fastkd.divergences import Divergence, resolve
-from fastkd.sources import LinearLogits
+from fastkd.sources import LinearLogits, TopK
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # What a distribution is given by.
 Logits: TypeAlias = Tensor | LinearLogits
+Teacher: TypeAlias = Logits | TopK
 # A denominator of the mean, and what num_items may be: one, or with soft_mask one for each term.
 Items: TypeAlias = "int | float | Tensor"
 NumItems: TypeAlias = "Items | tuple[Items, Items] | None"
@@ -66,7 +67,7 @@ class _Keywords(Settings, total=False):
 @overload
 def kd_loss(
     student_logits: Logits,
-    teacher_logits: Logits,
+    teacher_logits: Teacher,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
@@ -75,7 +76,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Logits,
-    teacher_logits: Logits,
+    teacher_logits: Teacher,
     labels: Tensor | None = None,
     *,
     return_parts: Literal[True],
@@ -84,7 +85,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Logits,
-    teacher_logits: Logits,
+    teacher_logits: Teacher,
     labels: Tensor | None = None,
     *,
     return_parts: bool,
@@ -93,7 +94,7 @@ def kd_loss(
 @_keywords.named_arguments
 def kd_loss(
     student_logits: Logits,
-    teacher_logits: Logits,
+    teacher_logits: Teacher,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -129,7 +130,9 @@ def kd_loss(
             where it makes a reverse KL infinite, the row's soft gradient is 0. Or a :class:`fastkd.LinearLogits`, whose
             logits are never all there: the loss, and the gradients of hidden states, matrix and bias, come from a
             chunk of rows at a time.
-        teacher_logits: ``(..., V)``, same leading shape; its dtype may differ. Or a :class:`fastkd.LinearLogits`.
+        teacher_logits: ``(..., V)``, same leading shape; its dtype may differ. Or a :class:`fastkd.LinearLogits`; or a
+            :class:`fastkd.TopK`, of which ids that are none, twice in a row, or of more mass than 1 raise on a CPU. On a
+            GPU ids outside the vocabulary make the row's loss NaN; ``FASTKD_CHECK_LABELS=1`` finds them all.
         labels: ``(...)`` int64 token ids, or None. A label outside ``[0, V)`` on a row that counts raises on a CPU and
             makes the row's loss NaN on a GPU, where a check would synchronise (see :func:`fastkd.check_labels`).
         temperature: T, of the soft term alone; above 0 and at most 1e19, beyond which T² overflows float32.
@@ -179,10 +182,16 @@ def kd_loss(
         _keywords.check_keywords("kd_loss", kd_loss, unknown)
     member = resolve(divergence)
     student, teacher = student_logits, teacher_logits
-    student_logits, teacher_logits = _checked("student_logits", student), _checked("teacher_logits", teacher)
-    _validate.check_device("teacher_logits", teacher_logits, student_logits)
-    _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
+    student_logits = _checked("student_logits", student)
     _validate.check_temperature(temperature)
+    if isinstance(teacher, TopK):
+        _validate.check_top_k("teacher_logits", teacher, student_logits, temperature)
+        _validate.check_tail("teacher_logits", teacher.tail, member.formula, member.w)
+        teacher_logits = student_logits  # has no number of columns
+    else:
+        teacher_logits = _checked("teacher_logits", teacher)
+        _validate.check_device("teacher_logits", teacher_logits, student_logits)
+    _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
     _validate.check_bool("scale_soft_by_t2", scale_soft_by_t2)
     _validate.check_label_smoothing(label_smoothing)
     _validate.check_int("ignore_index", ignore_index)
@@ -202,17 +211,20 @@ def kd_loss(
     _validate.check_number("z_loss_weight", z_loss_weight)
     _validate.check_chunk_rows(chunk_rows)
     rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-        if chunk_rows is not None:
-            raise ValueError(f"chunk_rows: got {chunk_rows} with tensors of logits, which are all there; must be None")
-        teacher = teacher.detach() if teacher.requires_grad else teacher
-        if inplace_backward:
-            _validate.check_inplace(student, teacher)
-        rows = partial(_autograd.kd_rows, inplace=inplace_backward)
-    else:
+    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
         if inplace_backward:
             raise ValueError("inplace_backward: got True with LinearLogits, whose logits are not there; must be False")
         rows = partial(_autograd.linear_rows, chunk_rows=chunk_rows)
+    else:
+        if chunk_rows is not None:
+            raise ValueError(f"chunk_rows: got {chunk_rows} with tensors of logits, which are all there; must be None")
+        if inplace_backward:
+            _validate.check_inplace(student, teacher.log_probs if isinstance(teacher, TopK) else teacher)
+        if isinstance(teacher, TopK):
+            rows = partial(_autograd.linear_rows, chunk_rows=None, inplace=inplace_backward)
+        else:
+            teacher = teacher.detach() if teacher.requires_grad else teacher
+            rows = partial(_autograd.kd_rows, inplace=inplace_backward)
 
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
     hard_rows = soft_rows = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items)

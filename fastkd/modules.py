@@ -13,7 +13,7 @@ from typing_extensions import TypeVar
 from fastkd import _dispatch, _keywords, _validate
 from fastkd._request import Formula
 from fastkd.divergences import Divergence, resolve
-from fastkd.functional import KDLossParts, Logits, NumItems, Settings, kd_loss
+from fastkd.functional import KDLossParts, Logits, NumItems, Settings, Teacher, kd_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -102,7 +102,7 @@ class KDLoss(nn.Module, Generic[Result]):
     def forward(
         self,
         student_logits: Logits,
-        teacher_logits: Logits,
+        teacher_logits: Teacher,
         labels: Tensor | None = None,
         *,
         mask: Tensor | None = None,

@@ -25,12 +25,13 @@ LAYERS = (
     ("_autograd",),
     ("_op",),
     ("_linear",),
+    ("_sparse",),
     ("_dispatch",),
     ("backends",),
     ("kernels",),
     ("divergences", "_labels", "_views", "_version", "_built", "_extras", "_cpu", "_cuda"),
-    ("_request", "_validate", "_keywords", "_traced"),
-    ("sources",),
+    ("_validate", "_keywords", "_traced"),
+    ("_request", "sources"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Folders whose modules may import one another. Those of `backends` share only what begins with an underscore.

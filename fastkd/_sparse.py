@@ -1,0 +1,178 @@
+"""A teacher who lists K tokens of a row: its divergence, as one over K + 1 outcomes, the last being all other tokens.
+
+The student's log-probabilities of the outcomes follow from
+
+    z'_i = z_i/T  of the K listed columns        z'_r = lse of z/T over the others
+
+so the divergence is the row operation that there is, at temperature 1, on the tiny matrices z' and u' [N, K + 1], with
+all its digits; its gradient by z' is, by the chain rule, what ``rest_grad`` makes that of z from. What a tail says of
+the rest is the teacher's u' alone:
+
+    bucket       u'_r = log(1 − Σp)
+    renormalize  u'_r = −inf, where every token outside has p_t = 0 and all are as one, in m too: g is then p_s times a
+                 constant. The row operation normalises u' over the K.
+    support      no r: the last column is padding, beyond the vocabulary of K
+    truncate     Σ of the terms of the K as they come, which is no divergence, and so written out
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd import _dispatch
+from fastkd._request import PEAK_TEACHER, Formula, Mix, Rows, RowSpec
+from fastkd.sources import TopK
+
+# Of logits: the second read of a chunk finds them in a CPU's cache.
+CHUNK_BYTES_CPU = 4 * 2**20
+# The teacher's mass beyond the listed tokens where 1 − Σp in float32 has none left: a reverse KL needs some.
+SMALLEST_TAIL = 2.0**-24
+# Σp may be so much larger than 1 as the rounding of log-probabilities, of bfloat16 at the worst, can make it.
+LARGEST_MASS = 1.0625
+
+
+def kd_rows(
+    rows: Rows, teacher: TopK, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None,
+    backend: str,
+) -> None:  # fmt: skip
+    """The row operation (see ``_dispatch.Backend.kd_rows``) with a teacher of [N, K], instead of ``rows.teacher``."""
+    soft_scale = rows.soft_scale
+    assert soft_scale is not None
+    chosen = _dispatch.choose(rows.student, backend, None, "rest_rows")
+    listed, u = _teacher_outcomes(teacher, spec, soft.dtype)
+    if teacher.tail in ("renormalize", "support"):  # who lists nothing says nothing
+        soft_scale = torch.where((listed < 0).all(-1), 0.0, soft_scale)
+    for at, student, out in _chunks(rows.student, grad):
+        of_rows = (None if vector is None else vector[at] for vector in rows[2:])
+        part = Rows(student.unsqueeze(0), None, *of_rows)
+        rest = torch.empty_like(soft[at])
+        chosen.rest_rows(part, spec, listed[at], hard[at], rest, stats[at])
+        z = _student_outcomes(student, listed[at], rest.unsqueeze(1), stats[at, PEAK_TEACHER].unsqueeze(1), spec)
+        outcome_grad = None if out is None else torch.empty_like(z)
+        if teacher.tail == "truncate":
+            _truncated(z, u[at], soft_scale[at], spec, soft[at], outcome_grad)
+        else:
+            of_outcomes = [None if t is None else t.unsqueeze(0) for t in (z, u[at], outcome_grad)]
+            matrices = Rows(of_outcomes[0], of_outcomes[1], None, None, soft_scale[at])  # type: ignore[arg-type]
+            outcomes = u.shape[1] - (teacher.tail == "support")
+            of_spec = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
+            chosen.kd_rows(matrices, of_spec, rest, soft[at], torch.empty_like(stats[at]), of_outcomes[2])
+        if out is not None:
+            assert outcome_grad is not None
+            chosen.rest_grad(part, spec, listed[at], outcome_grad, stats[at], out.unsqueeze(0))
+
+
+def check(teacher: TopK, vocab_size: int, soft_scale: Tensor) -> None:
+    """Raise if a row that counts lists a token that is none, or one twice, or more mass than there is.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    ids, log_probs = teacher[:2]
+    if not ids.numel():
+        return
+    ordered = ids.sort(-1).values  # the extremes of a row, and what is twice in it side by side
+    bad = (ordered[:, 0] < -1) | (ordered[:, -1] >= vocab_size)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
+    mass = log_probs.float().exp().masked_fill_(ids < 0, 0.0).sum(-1)
+    too_much = ~(mass <= LARGEST_MASS)  # NaN, too
+    wrong = (bad | twice | too_much) & (soft_scale != 0)
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0])
+    if bad[row]:
+        found = ids[row][(ids[row] < -1) | (ids[row] >= vocab_size)]
+        raise ValueError(f"ids: got {int(found[0])} in row {row}, must be in [0, {vocab_size}), or -1 for padding")
+    if twice[row]:
+        found = ordered[row, 1:][(ordered[row, 1:] == ordered[row, :-1]) & (ordered[row, 1:] >= 0)]
+        raise ValueError(f"ids: got {int(found[0])} more than once in row {row}, must be distinct; -1 is padding")
+    raise ValueError(
+        f"log_probs: got probabilities of sum {mass[row].item():.4g} in row {row}, must be at most 1; these are "
+        "log-probabilities over the whole vocabulary, no logits: fastkd.top_k makes them of logits"
+    )
+
+
+def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(listed [N, K] int32, u' [N, K + 1]). What is out of range, which a CPU has found, makes its row NaN."""
+    ids, log_probs = teacher[:2]
+    absent = ids < 0
+    bad = (ids < -1) | (ids >= spec.vocab_size)
+    listed = ids.masked_fill(bad, -1).int().contiguous()
+    a = log_probs.to(dtype).masked_fill(absent, -math.inf).masked_fill_(bad, math.nan)
+    if teacher.tail == "bucket":
+        # 1 − Σp, the largest apart: 1 − p has its digits as p → 1.
+        largest, at = a.max(-1, keepdim=True)
+        tail = -torch.expm1(largest) - a.exp().scatter_(-1, at, 0.0).sum(-1, keepdim=True)
+        infinite = spec.formula == Formula.MIXTURE_KL and spec.mix == Mix.TEACHER
+        tail = tail.clamp_(min=SMALLEST_TAIL if infinite else 0.0)
+        none_left = (~absent).sum(-1, keepdim=True) == spec.vocab_size
+        u_rest = tail.log_().masked_fill_(none_left, -math.inf)
+    else:
+        u_rest = a.new_full((len(a), 1), -math.inf)
+    return listed, torch.cat((a, u_rest), -1)
+
+
+def _student_outcomes(student: Tensor, listed: Tensor, rest: Tensor, peak: Tensor, spec: RowSpec) -> Tensor:
+    """z' [R, K + 1], less the largest logit over T: far from 0 it would have no digits left."""
+    absent = listed < 0
+    z = student.gather(1, listed.long().clamp_(min=0)).to(rest.dtype).masked_fill_(absent, -math.inf)
+    of_all = torch.maximum(z.amax(-1, keepdim=True), peak.masked_fill(rest == -math.inf, -math.inf))
+    of_all.masked_fill_(of_all == -math.inf, 0.0)
+    return torch.cat(((z - of_all).div_(spec.temperature), (peak - of_all) / spec.temperature + rest), -1)
+
+
+def _truncated(
+    z: Tensor, u: Tensor, soft_scale: Tensor, spec: RowSpec, soft: Tensor, outcome_grad: Tensor | None
+) -> None:
+    """Σ over the K of the terms, with the student's probabilities over the whole vocabulary, and nothing of the rest.
+
+    Then no mass sums to 1, and nothing may be added to a term or to g: they are those of the definition,
+
+        g = ∂term/∂log p_s = c_s·p_s·(b − log m + 1) − (1−w)·(p_s/m)·(c_t·p_t + c_s·p_s),   dz' = g − p_s·Σg,  g_r = 0
+    """
+    a, b = u[:, :-1], z.log_softmax(-1)
+    p_s = b.exp()
+    b = b[:, :-1]
+    p_t, of_student = a.exp(), p_s[:, :-1]
+    if spec.formula == Formula.TOTAL_VARIATION:
+        term = 0.5 * (of_student - p_t).abs()
+        g = 0.5 * (of_student - p_t).sign() * of_student
+    elif spec.formula == Formula.CROSS_ENTROPY:
+        term, g = -_no_nan(p_t * b), -p_t
+    else:
+        c_t, c_s, w = spec.c_t, spec.c_s, spec.w
+        log_m = {Mix.STUDENT: b, Mix.TEACHER: a}.get(spec.mix)
+        if log_m is None:
+            log_m = torch.logaddexp(a + math.log(w), b + math.log1p(-w))
+        term = c_t * _no_nan(p_t * (a - log_m)) + c_s * _no_nan(of_student * (b - log_m))
+        g = c_s * _no_nan(of_student * (b - log_m + 1.0))
+        if w < 1.0:
+            g -= (1.0 - w) * _no_nan((b - log_m).exp() * (c_t * p_t + c_s * of_student))
+    counts = soft_scale != 0
+    broken = 0.0 * (p_s.sum(-1) + p_t.sum(-1))  # what _no_nan hides
+    torch.where(counts, term.sum(-1) + broken, 0.0, out=soft)
+    if outcome_grad is not None:
+        total = g.sum(-1, keepdim=True)
+        dz = torch.nn.functional.pad(g, (0, 1)).addcmul_(p_s, total, value=-1.0)
+        finite = counts & (total.squeeze(1).abs() < math.inf)  # as everywhere, no gradient of an infinite reverse KL
+        outcome_grad.copy_(torch.where(finite.unsqueeze(1), dz * soft_scale.unsqueeze(1), 0.0))
+
+
+def _no_nan(x: Tensor) -> Tensor:
+    """In place: 0 for 0·inf and inf − inf."""
+    return x.nan_to_num_(0.0, math.inf, -math.inf)
+
+
+def _chunks(student: Tensor, grad: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """(which of the N rows, their logits [R, V], where their gradient goes), of [B, S, V]."""
+    outer, inner, columns = student.shape
+    step = max(1, CHUNK_BYTES_CPU // (columns * student.itemsize)) if student.is_cpu else inner
+    for b in range(outer):
+        for start in range(0, inner, step):
+            some = slice(start, min(start + step, inner))
+            at = slice(b * inner + some.start, b * inner + some.stop)
+            yield at, student[b, some], None if grad is None else grad[b, some]

@@ -73,6 +73,22 @@ void kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintpt
     run(p, columns * 8, threads, k.kd_scratch(p), k.kd_row);
 }
 
+void rest_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels, uintptr_t hard_scale,
+               uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t rest, uintptr_t stats, int64_t rows,
+               int64_t inner_rows, int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s,
+               float w, float smoothing, bool from_stats, uintptr_t listed, int64_t k, uintptr_t outcome_grad,
+               int threads) {
+    fastkd::RestParams p;
+    static_cast<fastkd::KDRowsParams&>(p) =
+        fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, rest, stats, rows, inner_rows,
+                               n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
+    p.listed = fastkd::pointer<const int32_t>(listed), p.k = k;
+    p.outcome_grad = fastkd::pointer<const float>(outcome_grad);
+    if (p.dz.data != p.z.data) expect_large_pages(p.dz, rows, columns);
+    const Kernels& kernel = kernels();
+    run(p, columns * 4, threads, kernel.rest_scratch(p), kernel.rest_row);
+}
+
 void log_softmax(const py::tuple& x, const py::tuple& out, const py::tuple& dy, uintptr_t lse, int64_t rows,
                  int64_t inner_rows, int64_t columns, float temperature, int threads) {
     const fastkd::LogSoftmaxParams p =
@@ -112,6 +128,7 @@ py::object use_isa(const std::string& isa) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.def("kd_rows", &kd_rows);
+    m.def("rest_rows", &rest_rows);
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);
     m.def("hidden_rows", &hidden_rows);

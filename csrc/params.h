@@ -47,6 +47,13 @@ struct KDRowsParams {
     }
 };
 
+// Of a row of which a teacher lists K columns: what there is to know of the others, which is `soft`; or their gradient.
+struct RestParams : KDRowsParams {
+    const int32_t* listed = nullptr;      // [N, k] columns, distinct in a row; −1 for none
+    int64_t k = 0;
+    const float* outcome_grad = nullptr;  // [N, k + 1], the last of the others
+};
+
 // Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak and (z − peak)/T;
 // that of (u − peak)/T less the latter; G; 1 − p_y; the form of g. Those of an absent term are 0.
 enum Stats : int {

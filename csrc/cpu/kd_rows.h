@@ -23,9 +23,9 @@ inline namespace FASTKD_ISA {
 
 inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
-inline Hard hard_mode(const KDRowsParams& p) {
+inline Hard hard_mode(const KDRowsParams& p, bool soft) {
     if (p.labels == nullptr && p.z_scale == nullptr) return Hard::kNone;
-    if (p.u.data != nullptr)
+    if (soft)
         for (int power = 1; power <= 4; ++power)
             if (p.temperature == static_cast<float>(power)) return static_cast<Hard>(power);
     return Hard::kOwn;
@@ -52,6 +52,36 @@ inline void with_hard(Hard mode, Visit&& visit) {
     return visit(HardTag<Hard::kOwn>());
 }
 
+// −1 if there is none, or none in range.
+inline int64_t label_of(const KDRowsParams& p, int64_t row) {
+    const int64_t label = p.labels ? p.labels[row] : -1;
+    return label >= 0 && label < p.n ? label : -1;
+}
+
+// Σ exp(z − peak), given it of all columns but the label's: the hard loss and its statistics, which need nothing else.
+inline double hard_term(const KDRowsParams& p, int64_t row, double others, float z_peak, float z_y, double sum_z) {
+    double total = others;
+    float* stats = p.stats + row * kNumStats;
+    if (p.labels) {
+        const LabelTerm term = label_term(static_cast<float>(std::log(others) + (static_cast<double>(z_peak) - z_y)));
+        total += exp(z_y - shift_of(z_peak));
+        p.hard[row] = term.loss;
+        if (p.smoothing > 0.0f) p.hard[row] -= static_cast<float>(p.smoothing * sum_z / static_cast<double>(p.n));
+        stats[kLabelRest] = term.rest;
+    }
+    stats[kPeakStudent] = shift_of(z_peak);
+    stats[kLogHard] = static_cast<float>(std::log(total));
+    return total;
+}
+
+// What a z-loss adds to the factor of softmax(z).
+inline float z_factor(const KDRowsParams& p, int64_t row) {
+    const float z_scale = p.z_scale ? p.z_scale[row] : 0.0f;
+    if (z_scale == 0.0f) return 0.0f;
+    const float* stats = p.stats + row * kNumStats;
+    return z_scale * static_cast<float>(2.0 * (static_cast<double>(stats[kPeakStudent]) + stats[kLogHard]));
+}
+
 template <class Functor>
 class Row {
     static constexpr bool kSoft = !std::is_same_v<Functor, NoSoftTerm>;
@@ -59,15 +89,12 @@ class Row {
 
    public:
     Row(const KDRowsParams& params, const Functor& functor, int64_t row, float* scratch)
-        : p_(params), functor_(functor), row_(row), n_(params.n), hard_mode_(hard_mode(params)) {
+        : p_(params), functor_(functor), row_(row), n_(params.n), hard_mode_(hard_mode(params, params.u.data != nullptr)) {
         z_row_ = p_.z.row(row, p_.inner_rows);
         if (kSoft) u_row_ = p_.u.row(row, p_.inner_rows);
         inv_t_ = 1.0f / p_.temperature;
         k_ = kSoft ? static_cast<float>(1.4426950408889634 / p_.temperature) : kLog2E;
-        if (p_.labels) {
-            const int64_t label = p_.labels[row];
-            label_ = label >= 0 && label < n_ ? label : -1;
-        }
+        label_ = label_of(p_, row);
         const int64_t row_floats = p_.from_stats ? kTile : tiles_of(n_) * kTile;
         for (float** part : {&e_s_, &e_t_, &e_h_}) *part = scratch, scratch += row_floats;
         for (float** part : {&z_tile_, &u_tile_, &dz_tile_}) *part = scratch, scratch += kTile;
@@ -91,8 +118,7 @@ class Row {
         const float* stats = p_.stats + row_ * kNumStats;
         z_peak_ = stats[kPeakStudent];
         u_peak_ = stats[kPeakTeacher];
-        log_h_ = stats[kLogHard];
-        total_h_ = std::exp(log_h_);
+        total_h_ = std::exp(static_cast<double>(stats[kLogHard]));
         total_s_ = std::exp(static_cast<double>(stats[kLogStudent]));
         total_t_ = total_s_ * std::exp(static_cast<double>(stats[kLogRatio]));
         set_ratio(stats[kLogRatio]);
@@ -191,20 +217,8 @@ class Row {
         p_.soft[row_] = 0.0f;
         std::fill_n(stats, static_cast<int>(kNumStats), 0.0f);
         stats[kPeakStudent] = shift_of(z_peak_);
-        if (p_.labels) {
-            const LabelTerm term = label_term(static_cast<float>(std::log(h) + (static_cast<double>(z_peak_) - z_y_)));
-            total_h_ = h + exp(z_y_ - shift_of(z_peak_));
-            rest_ = term.rest;
-            p_.hard[row_] = term.loss;
-            if (p_.smoothing > 0.0f)
-                p_.hard[row_] -= static_cast<float>(p_.smoothing * sum_z_ / static_cast<double>(n_));
-            stats[kLabelRest] = rest_;
-        }
-        if (hard_mode_ != Hard::kNone) {
-            if (!p_.labels) total_h_ = h;
-            log_h_ = std::log(total_h_);
-            stats[kLogHard] = static_cast<float>(log_h_);
-        }
+        if (hard_mode_ != Hard::kNone) total_h_ = hard_term(p_, row_, h, z_peak_, z_y_, sum_z_);
+        rest_ = stats[kLabelRest];
         if (kSoft) {
             stats[kPeakTeacher] = shift_of(u_peak_);
             stats[kLogStudent] = static_cast<float>(std::log(s));
@@ -304,8 +318,7 @@ class Row {
     template <bool kFromStats, GradSource kSource>
     void stage3() {
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f;
-        float z_scale = p_.z_scale ? p_.z_scale[row_] : 0.0f;
-        if (z_scale != 0.0f) z_scale *= static_cast<float>(2.0 * (shift_of(z_peak_) + log_h_));
+        const float z_scale = z_factor(p_, row_);
         const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ : 0.0f;
         const float smooth = p_.smoothing / static_cast<float>(n_);
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
@@ -350,12 +363,12 @@ class Row {
     const Hard hard_mode_;
     const char *z_row_ = nullptr, *u_row_ = nullptr;
     float inv_t_, k_;
-    int64_t label_ = -1;
+    int64_t label_;
     // Kept exponentials, tiles as float, and the tiles' shifts, sums and factors.
     float *e_s_, *e_t_, *e_h_, *z_tile_, *u_tile_, *dz_tile_;
     float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *entropy_, *by_s_, *by_t_, *by_h_;
     float z_peak_ = 0.0f, u_peak_ = 0.0f;
-    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_h_ = 0.0, log_sums_ = 0.0, excess_ = 0.0;
+    double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0, excess_ = 0.0;
     float z_y_ = 0.0f, rest_ = 0.0f;
     bool near_ = false;
     TileFactors base_;

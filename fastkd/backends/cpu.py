@@ -41,6 +41,17 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     _cpu.kd_rows(*_arguments.kd_rows(rows, spec, None, None, stats, grad), torch.get_num_threads())
 
 
+def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
+    arguments = _arguments.kd_rows(rows, spec, hard, rest, stats, None)
+    _cpu.rest_rows(*arguments, listed.data_ptr(), listed.shape[1], 0, torch.get_num_threads())
+
+
+def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
+    arguments = _arguments.kd_rows(rows, spec, None, None, stats, grad)
+    of_outcomes = listed.data_ptr(), listed.shape[1], outcome_grad.data_ptr()
+    _cpu.rest_rows(*arguments, *of_outcomes, torch.get_num_threads())
+
+
 def scale_(grad: Tensor, scalar: Tensor) -> None:
     number = scalar.item()
     if number != 1.0:

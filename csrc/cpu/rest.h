@@ -1,0 +1,191 @@
+// What a sparse teacher, who lists K columns of a row, needs of the others: one row on one core.
+//
+// Math    c = max of the columns not listed, rest = log Σ exp((z_j − c)/T) over them; hard as in row.h;
+//         dz_j = hard part + G/T·exp((z_j − c)/T − rest), and at a listed column hard part + outcome_grad_i/T, where
+//         G = outcome_grad_K. Loops run over a row without its special columns, the listed ones and the label: these
+//         are −inf where sums are taken, so that no sum has them to lose its digits to, and are written last where the
+//         gradient is. At integer T the hard part is a power of the rest's exponential: one exponential a column.
+// Shapes  z, dz [B, S, V] bf16|fp16|fp32 (dz fp64 too), last stride 1; listed [N, K] int32, −1 for none; labels [N]
+//         int64; outcome_grad [N, K + 1], scales, losses [N], stats [N, 8] fp32. scratch: two tiles, four numbers a
+//         tile, and six a listed column.
+// Bytes   of memory: forward reads z, backward reads it again, from a cache if rows are few between, and writes dz.
+#pragma once
+
+#include "kd_rows.h"
+
+namespace fastkd {
+inline namespace FASTKD_ISA {
+
+struct RestSums {
+    float rest = 0.0f, hard = 0.0f;
+};
+
+template <Hard kHard>
+FASTKD_TILE_LOOP inline RestSums rest_sums(const float* x, int n, float shift, float k) {
+    float rest = 0.0f, hard = 0.0f;
+#pragma omp simd reduction(+ : rest, hard)
+    for (int j = 0; j < n; ++j) {
+        const float e = exp2((x[j] - shift) * k);
+        rest += e;
+        if constexpr (kHard == Hard::kOwn) {
+            hard += exp(x[j] - shift);
+        } else if constexpr (kHard != Hard::kNone) {
+            hard += integer_power<static_cast<int>(kHard)>(e);
+        }
+    }
+    return {rest, hard};
+}
+
+// dz may be z.
+template <Hard kHard>
+FASTKD_TILE_LOOP inline void rest_gradient(const float* z, int n, float shift, float k, float of_rest, float of_hard,
+                                           float constant, float* dz) {
+#pragma omp simd
+    for (int j = 0; j < n; ++j) {
+        const float e = exp2((z[j] - shift) * k);
+        float sum = constant + of_rest * e;
+        if constexpr (kHard == Hard::kOwn) {
+            sum += of_hard * exp(z[j] - shift);
+        } else if constexpr (kHard != Hard::kNone) {
+            sum += of_hard * integer_power<static_cast<int>(kHard)>(e);
+        }
+        dz[j] = sum;
+    }
+}
+
+class RestRow {
+   public:
+    RestRow(const RestParams& params, int64_t row, float* scratch)
+        : p_(params), row_(row), n_(params.n), k_(params.k), hard_mode_(hard_mode(params, true)) {
+        z_row_ = p_.z.row(row, p_.inner_rows);
+        listed_ = p_.listed + row * k_;
+        label_ = label_of(p_, row);
+        scale_ = static_cast<float>(1.4426950408889634 / p_.temperature);
+        for (float** part : {&z_tile_, &x_tile_}) *part = scratch, scratch += kTile;
+        for (float** part : {&peaks_, &rests_, &hards_}) *part = scratch, scratch += tiles_of(n_);
+        starts_ = reinterpret_cast<int32_t*>(scratch), scratch += tiles_of(n_) + 1;
+        special_ = scratch, scratch += k_ + 1;
+        in_tiles_ = reinterpret_cast<int32_t*>(scratch);
+        // The logits at the special columns, before the gradient may be written over them: the label's is the last.
+        label_is_listed_ = false;
+        for (int64_t i = 0; i < k_; ++i) {
+            special_[i] = listed_[i] < 0 ? -kInfinity : at(listed_[i]);
+            if (label_ >= 0 && listed_[i] == label_) label_is_listed_ = true;
+        }
+        z_y_ = p_.labels ? label_ < 0 ? kNaN : at(label_) : -kInfinity;
+    }
+
+    static int64_t scratch_floats(const RestParams& p) { return 2 * kTile + 4 * tiles_of(p.n) + 1 + 2 * (p.k + 1); }
+
+    void rest() {
+        sort_into_tiles();
+        double sum_z = 0.0;
+        float peak = -kInfinity;
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            const int64_t at = i * kTile;
+            const int n = static_cast<int>(n_ - at < kTile ? n_ - at : kTile);
+            const float* x = load_tile(z_row_, p_.z.dtype, at, n, z_tile_);
+            if (p_.smoothing > 0.0f && p_.labels) sum_z += sum_of(x, n, shift_of(z_y_));
+            if (starts_[i] < starts_[i + 1]) {
+                std::copy_n(x, n, x_tile_);
+                for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) x_tile_[in_tiles_[s] - at] = -kInfinity;
+                x = x_tile_;
+            }
+            peaks_[i] = max_of(x, n);
+            peak = max(peaks_[i], peak);
+            with_hard<true>(hard_mode_, [&](auto hard) {
+                const RestSums sums = rest_sums<hard.value>(x, n, shift_of(peaks_[i]), scale_);
+                rests_[i] = sums.rest, hards_[i] = sums.hard;
+            });
+        }
+        const bool label_is_apart = label_ >= 0 && !label_is_listed_;
+        const float c = label_is_apart ? max(z_y_, peak) : peak;
+        const float z_peak = max(max_of(special_, static_cast<int>(k_)), p_.labels ? max(z_y_, peak) : peak);
+        double rest = label_is_apart ? rescale(z_y_, c, scale_) : 0.0, hard = 0.0;
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            rest += static_cast<double>(rests_[i]) * rescale(peaks_[i], c, scale_);
+            hard += static_cast<double>(hards_[i]) * rescale(peaks_[i], z_peak, kLog2E);
+        }
+        float* stats = p_.stats + row_ * kNumStats;
+        p_.hard[row_] = 0.0f;
+        p_.soft[row_] = static_cast<float>(std::log(rest));
+        std::fill_n(stats, static_cast<int>(kNumStats), 0.0f);
+        if (hard_mode_ != Hard::kNone) {
+            for (int64_t i = 0; i < k_; ++i)
+                if (listed_[i] >= 0 && listed_[i] != label_) hard += rescale(special_[i], z_peak, kLog2E);
+            hard_term(p_, row_, hard, z_peak, z_y_, sum_z);
+        }
+        stats[kPeakTeacher] = shift_of(c);
+        stats[kLogRatio] = p_.soft[row_];
+    }
+
+    void gradient_from_stats() {
+        const float* stats = p_.stats + row_ * kNumStats;
+        const float* outcome_grad = p_.outcome_grad + row_ * (k_ + 1);
+        const float inv_t = 1.0f / p_.temperature, c = stats[kPeakTeacher], log_rest = stats[kLogRatio];
+        const float of_rest = log_rest == -kInfinity ? 0.0f : outcome_grad[k_] * inv_t * std::exp(-log_rest);
+        const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f, z_scale = z_factor(p_, row_);
+        const float smooth = p_.smoothing / static_cast<float>(n_);
+        // Of exp(z − c) and, where c is far below the peak and that overflows at the special columns, of their own.
+        const double of_peak = (static_cast<double>(hard_scale) + z_scale) * std::exp(-static_cast<double>(stats[kLogHard]));
+        const float of_hard = static_cast<float>(of_peak * std::exp(static_cast<double>(c) - stats[kPeakStudent]));
+        char* dz_row = p_.dz.row(row_, p_.inner_rows);
+        for (int64_t at = 0; at < n_; at += kTile) {
+            const int n = static_cast<int>(n_ - at < kTile ? n_ - at : kTile);
+            const float* z = load_tile(z_row_, p_.z.dtype, at, n, z_tile_);
+            float* dz = out_tile(dz_row, p_.dz.dtype, at, x_tile_);
+            with_hard<true>(hard_mode_, [&](auto hard) {
+                rest_gradient<hard.value>(z, n, c, scale_, of_rest, of_hard, -hard_scale * smooth, dz);
+            });
+            store_tile(dz_row, p_.dz.dtype, at, n, dz);
+        }
+        const auto put = [&](int64_t at, float z, float soft) {
+            float sum = soft;
+            if (hard_mode_ != Hard::kNone) {
+                const float p = rescale(z, stats[kPeakStudent], kLog2E) * std::exp(-stats[kLogHard]);
+                sum += at == label_ ? z_scale * p + hard_scale * (p_.smoothing - smooth - stats[kLabelRest])
+                                    : (hard_scale + z_scale) * p - hard_scale * smooth;
+            }
+            float* to = out_tile(dz_row, p_.dz.dtype, at, x_tile_);
+            *to = sum;
+            store_tile(dz_row, p_.dz.dtype, at, 1, to);
+        };
+        if (label_ >= 0 && !label_is_listed_) put(label_, z_y_, of_rest * rescale(z_y_, c, scale_));
+        for (int64_t i = 0; i < k_; ++i)
+            if (listed_[i] >= 0) put(listed_[i], special_[i], outcome_grad[i] * inv_t);
+    }
+
+   private:
+    float at(int64_t column) const {
+        float buffer;
+        return *load_tile(z_row_, p_.z.dtype, column, 1, &buffer);
+    }
+
+    // The special columns by tile: those of tile i are in_tiles_[starts_[i]] to before starts_[i + 1].
+    void sort_into_tiles() {
+        const int64_t tiles = tiles_of(n_);
+        const auto each = [&](auto&& visit) {
+            for (int64_t i = 0; i < k_; ++i)
+                if (listed_[i] >= 0) visit(listed_[i]);
+            if (label_ >= 0 && !label_is_listed_) visit(static_cast<int32_t>(label_));
+        };
+        std::fill_n(starts_, tiles + 1, 0);
+        each([&](int32_t column) { ++starts_[column / kTile]; });
+        for (int64_t i = 1; i <= tiles; ++i) starts_[i] += starts_[i - 1];  // where each ends, from which it fills down
+        each([&](int32_t column) { in_tiles_[--starts_[column / kTile]] = column; });
+    }
+
+    const RestParams& p_;
+    const int64_t row_, n_, k_;
+    const Hard hard_mode_;
+    const char* z_row_;
+    const int32_t* listed_;
+    int64_t label_;
+    bool label_is_listed_;
+    float scale_, z_y_;  // 1/T in units of log 2; the label's logit
+    float *z_tile_, *x_tile_, *peaks_, *rests_, *hards_, *special_;
+    int32_t *starts_, *in_tiles_;
+};
+
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

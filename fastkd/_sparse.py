@@ -18,7 +18,6 @@ the rest is the teacher's u' alone:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,8 +26,6 @@ from fastkd import _dispatch
 from fastkd._request import PEAK_TEACHER, Formula, Mix, Rows, RowSpec
 from fastkd.sources import TopK
 
-# Of logits: the second read of a chunk finds them in a CPU's cache.
-CHUNK_BYTES_CPU = 4 * 2**20
 # The teacher's mass beyond the listed tokens where 1 − Σp in float32 has none left: a reverse KL needs some.
 SMALLEST_TAIL = 2.0**-24
 # Σp may be so much larger than 1 as the rounding of log-probabilities, of bfloat16 at the worst, can make it.
@@ -46,24 +43,22 @@ def kd_rows(
     listed, u = _teacher_outcomes(teacher, spec, soft.dtype)
     if teacher.tail in ("renormalize", "support"):  # who lists nothing says nothing
         soft_scale = torch.where((listed < 0).all(-1), 0.0, soft_scale)
-    for at, student, out in _chunks(rows.student, grad):
-        of_rows = (None if vector is None else vector[at] for vector in rows[2:])
-        part = Rows(student.unsqueeze(0), None, *of_rows)
-        rest = torch.empty_like(soft[at])
-        chosen.rest_rows(part, spec, listed[at], hard[at], rest, stats[at])
-        z = _student_outcomes(student, listed[at], rest.unsqueeze(1), stats[at, PEAK_TEACHER].unsqueeze(1), spec)
-        outcome_grad = None if out is None else torch.empty_like(z)
-        if teacher.tail == "truncate":
-            _truncated(z, u[at], soft_scale[at], spec, soft[at], outcome_grad)
-        else:
-            of_outcomes = [None if t is None else t.unsqueeze(0) for t in (z, u[at], outcome_grad)]
-            matrices = Rows(of_outcomes[0], of_outcomes[1], None, None, soft_scale[at])  # type: ignore[arg-type]
-            outcomes = u.shape[1] - (teacher.tail == "support")
-            of_spec = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
-            chosen.kd_rows(matrices, of_spec, rest, soft[at], torch.empty_like(stats[at]), of_outcomes[2])
-        if out is not None:
-            assert outcome_grad is not None
-            chosen.rest_grad(part, spec, listed[at], outcome_grad, stats[at], out.unsqueeze(0))
+    rest = torch.empty_like(soft)
+    chosen.rest_rows(rows, spec, listed, hard, rest, stats)
+    z = _student_outcomes(rows.student, listed, rest, stats[:, PEAK_TEACHER], spec)
+    outcome_grad = None if grad is None else torch.empty_like(z)
+    if teacher.tail == "truncate":
+        _truncated(z, u, soft_scale, spec, soft, outcome_grad)
+    else:
+        of_outcomes = spec._replace(
+            temperature=1.0, label_smoothing=0.0, vocab_size=u.shape[1] - (teacher.tail == "support")
+        )
+        none, matrices = torch.empty_like(hard), Rows(z.unsqueeze(0), u.unsqueeze(0), None, None, soft_scale)
+        out = None if outcome_grad is None else outcome_grad.unsqueeze(0)
+        chosen.kd_rows(matrices, of_outcomes, none, soft, torch.empty_like(stats), out)
+    if grad is not None:
+        assert outcome_grad is not None
+        chosen.rest_grad(rows, spec, listed, outcome_grad, stats, grad)
 
 
 def check(teacher: TopK, vocab_size: int, soft_scale: Tensor) -> None:
@@ -117,12 +112,13 @@ def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple
 
 
 def _student_outcomes(student: Tensor, listed: Tensor, rest: Tensor, peak: Tensor, spec: RowSpec) -> Tensor:
-    """z' [R, K + 1], less the largest logit over T: far from 0 it would have no digits left."""
-    absent = listed < 0
-    z = student.gather(1, listed.long().clamp_(min=0)).to(rest.dtype).masked_fill_(absent, -math.inf)
-    of_all = torch.maximum(z.amax(-1, keepdim=True), peak.masked_fill(rest == -math.inf, -math.inf))
-    of_all.masked_fill_(of_all == -math.inf, 0.0)
-    return torch.cat(((z - of_all).div_(spec.temperature), (peak - of_all) / spec.temperature + rest), -1)
+    """z' [N, K + 1], less the largest logit over T: far from 0 it would have no digits left."""
+    rest, peak = rest.unsqueeze(1), peak.unsqueeze(1)
+    columns = listed.long().clamp_(min=0).view(*student.shape[:2], -1)
+    z = student.gather(-1, columns).view(listed.shape).to(rest.dtype).masked_fill_(listed < 0, -math.inf)
+    largest = torch.maximum(z.amax(-1, keepdim=True), peak.masked_fill(rest == -math.inf, -math.inf))
+    largest.masked_fill_(largest == -math.inf, 0.0)
+    return torch.cat(((z - largest).div_(spec.temperature), (peak - largest) / spec.temperature + rest), -1)
 
 
 def _truncated(
@@ -165,14 +161,3 @@ def _truncated(
 def _no_nan(x: Tensor) -> Tensor:
     """In place: 0 for 0·inf and inf − inf."""
     return x.nan_to_num_(0.0, math.inf, -math.inf)
-
-
-def _chunks(student: Tensor, grad: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """(which of the N rows, their logits [R, V], where their gradient goes), of [B, S, V]."""
-    outer, inner, columns = student.shape
-    step = max(1, CHUNK_BYTES_CPU // (columns * student.itemsize)) if student.is_cpu else inner
-    for b in range(outer):
-        for start in range(0, inner, step):
-            some = slice(start, min(start + step, inner))
-            at = slice(b * inner + some.start, b * inner + some.stop)
-            yield at, student[b, some], None if grad is None else grad[b, some]

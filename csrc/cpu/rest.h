@@ -11,7 +11,7 @@
 // Bytes   of memory: forward reads z, backward reads it again, from a cache if rows are few between, and writes dz.
 #pragma once
 
-#include "kd_rows.h"
+#include "log_softmax.h"
 
 namespace fastkd {
 inline namespace FASTKD_ISA {
@@ -63,32 +63,31 @@ class RestRow {
         scale_ = static_cast<float>(1.4426950408889634 / p_.temperature);
         for (float** part : {&z_tile_, &x_tile_}) *part = scratch, scratch += kTile;
         for (float** part : {&peaks_, &rests_, &hards_}) *part = scratch, scratch += tiles_of(n_);
-        starts_ = reinterpret_cast<int32_t*>(scratch), scratch += tiles_of(n_) + 1;
         special_ = scratch, scratch += k_ + 1;
-        in_tiles_ = reinterpret_cast<int32_t*>(scratch);
-        // The logits at the special columns, before the gradient may be written over them: the label's is the last.
-        label_is_listed_ = false;
-        for (int64_t i = 0; i < k_; ++i) {
-            special_[i] = listed_[i] < 0 ? -kInfinity : at(listed_[i]);
-            if (label_ >= 0 && listed_[i] == label_) label_is_listed_ = true;
-        }
-        z_y_ = p_.labels ? label_ < 0 ? kNaN : at(label_) : -kInfinity;
+        starts_ = reinterpret_cast<int32_t*>(scratch);
+        in_tiles_ = starts_ + tiles_of(n_) + 1;
+        sort_into_tiles();
     }
 
     static int64_t scratch_floats(const RestParams& p) { return 2 * kTile + 4 * tiles_of(p.n) + 1 + 2 * (p.k + 1); }
 
     void rest() {
-        sort_into_tiles();
+        float z_y = p_.labels ? kNaN : -kInfinity;
+        if (label_ >= 0) z_y = *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
         double sum_z = 0.0;
-        float peak = -kInfinity;
-        for (int64_t i = 0; i < tiles_of(n_); ++i) {
-            const int64_t at = i * kTile;
-            const int n = static_cast<int>(n_ - at < kTile ? n_ - at : kTile);
+        float peak = -kInfinity, special_peak = -kInfinity;
+        for_tiles(n_, [&](int64_t at, int n) {
+            const int64_t i = at / kTile;
             const float* x = load_tile(z_row_, p_.z.dtype, at, n, z_tile_);
-            if (p_.smoothing > 0.0f && p_.labels) sum_z += sum_of(x, n, shift_of(z_y_));
+            if (p_.smoothing > 0.0f && p_.labels) sum_z += sum_of(x, n, shift_of(z_y));
             if (starts_[i] < starts_[i + 1]) {
                 std::copy_n(x, n, x_tile_);
-                for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) x_tile_[in_tiles_[s] - at] = -kInfinity;
+                for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) {
+                    float& z = x_tile_[column(s) - at];
+                    special_[s] = column(s) == label_ ? -kInfinity : z;
+                    special_peak = max(special_[s], special_peak);
+                    z = -kInfinity;
+                }
                 x = x_tile_;
             }
             peaks_[i] = max_of(x, n);
@@ -97,11 +96,9 @@ class RestRow {
                 const RestSums sums = rest_sums<hard.value>(x, n, shift_of(peaks_[i]), scale_);
                 rests_[i] = sums.rest, hards_[i] = sums.hard;
             });
-        }
-        const bool label_is_apart = label_ >= 0 && !label_is_listed_;
-        const float c = label_is_apart ? max(z_y_, peak) : peak;
-        const float z_peak = max(max_of(special_, static_cast<int>(k_)), p_.labels ? max(z_y_, peak) : peak);
-        double rest = label_is_apart ? rescale(z_y_, c, scale_) : 0.0, hard = 0.0;
+        });
+        const float c = label_is_apart_ ? max(z_y, peak) : peak, z_peak = max(special_peak, max(z_y, peak));
+        double rest = label_is_apart_ ? rescale(z_y, c, scale_) : 0.0, hard = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             rest += static_cast<double>(rests_[i]) * rescale(peaks_[i], c, scale_);
             hard += static_cast<double>(hards_[i]) * rescale(peaks_[i], z_peak, kLog2E);
@@ -111,9 +108,8 @@ class RestRow {
         p_.soft[row_] = static_cast<float>(std::log(rest));
         std::fill_n(stats, static_cast<int>(kNumStats), 0.0f);
         if (hard_mode_ != Hard::kNone) {
-            for (int64_t i = 0; i < k_; ++i)
-                if (listed_[i] >= 0 && listed_[i] != label_) hard += rescale(special_[i], z_peak, kLog2E);
-            hard_term(p_, row_, hard, z_peak, z_y_, sum_z);
+            const int count = starts_[tiles_of(n_)];
+            hard_term(p_, row_, hard + sum_of_exp(special_, count, shift_of(z_peak), kLog2E), z_peak, z_y, sum_z);
         }
         stats[kPeakTeacher] = shift_of(c);
         stats[kLogRatio] = p_.soft[row_];
@@ -122,57 +118,56 @@ class RestRow {
     void gradient_from_stats() {
         const float* stats = p_.stats + row_ * kNumStats;
         const float* outcome_grad = p_.outcome_grad + row_ * (k_ + 1);
-        const float inv_t = 1.0f / p_.temperature, c = stats[kPeakTeacher], log_rest = stats[kLogRatio];
-        const float of_rest = log_rest == -kInfinity ? 0.0f : outcome_grad[k_] * inv_t * std::exp(-log_rest);
+        const float inv_t = 1.0f / p_.temperature, c = stats[kPeakTeacher], z_peak = stats[kPeakStudent];
+        const float of_rest =
+            stats[kLogRatio] == -kInfinity ? 0.0f : outcome_grad[k_] * inv_t * std::exp(-stats[kLogRatio]);
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f, z_scale = z_factor(p_, row_);
-        const float smooth = p_.smoothing / static_cast<float>(n_);
-        // Of exp(z − c) and, where c is far below the peak and that overflows at the special columns, of their own.
-        const double of_peak = (static_cast<double>(hard_scale) + z_scale) * std::exp(-static_cast<double>(stats[kLogHard]));
-        const float of_hard = static_cast<float>(of_peak * std::exp(static_cast<double>(c) - stats[kPeakStudent]));
+        const float smooth = hard_scale * p_.smoothing / static_cast<float>(n_);
+        const float of_peak = std::exp(-stats[kLogHard]);
+        const float of_hard = (hard_scale + z_scale) * of_peak * rescale(c, z_peak, kLog2E);  // of exp(z − c)
+        const float of_label = hard_scale * (p_.smoothing - stats[kLabelRest]) - smooth;
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
-        for (int64_t at = 0; at < n_; at += kTile) {
-            const int n = static_cast<int>(n_ - at < kTile ? n_ - at : kTile);
+        for_tiles(n_, [&](int64_t at, int n) {
+            const int64_t i = at / kTile;
             const float* z = load_tile(z_row_, p_.z.dtype, at, n, z_tile_);
             float* dz = out_tile(dz_row, p_.dz.dtype, at, x_tile_);
+            for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) special_[s] = z[column(s) - at];
             with_hard<true>(hard_mode_, [&](auto hard) {
-                rest_gradient<hard.value>(z, n, c, scale_, of_rest, of_hard, -hard_scale * smooth, dz);
+                rest_gradient<hard.value>(z, n, c, scale_, of_rest, of_hard, -smooth, dz);
             });
-            store_tile(dz_row, p_.dz.dtype, at, n, dz);
-        }
-        const auto put = [&](int64_t at, float z, float soft) {
-            float sum = soft;
-            if (hard_mode_ != Hard::kNone) {
-                const float p = rescale(z, stats[kPeakStudent], kLog2E) * std::exp(-stats[kLogHard]);
-                sum += at == label_ ? z_scale * p + hard_scale * (p_.smoothing - smooth - stats[kLabelRest])
-                                    : (hard_scale + z_scale) * p - hard_scale * smooth;
+            // What is over the peak of the others, whose exponentials may be infinite, and the label.
+            for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) {
+                const bool is_listed = in_tiles_[s] < k_;
+                float sum = is_listed ? outcome_grad[in_tiles_[s]] * inv_t : of_rest * rescale(special_[s], c, scale_);
+                if (hard_mode_ != Hard::kNone) {
+                    const float p = of_peak * rescale(special_[s], z_peak, kLog2E);
+                    sum += column(s) == label_ ? z_scale * p + of_label : (hard_scale + z_scale) * p - smooth;
+                }
+                dz[column(s) - at] = sum;
             }
-            float* to = out_tile(dz_row, p_.dz.dtype, at, x_tile_);
-            *to = sum;
-            store_tile(dz_row, p_.dz.dtype, at, 1, to);
-        };
-        if (label_ >= 0 && !label_is_listed_) put(label_, z_y_, of_rest * rescale(z_y_, c, scale_));
-        for (int64_t i = 0; i < k_; ++i)
-            if (listed_[i] >= 0) put(listed_[i], special_[i], outcome_grad[i] * inv_t);
+            store_tile(dz_row, p_.dz.dtype, at, n, dz);
+        });
     }
 
    private:
-    float at(int64_t column) const {
-        float buffer;
-        return *load_tile(z_row_, p_.z.dtype, column, 1, &buffer);
-    }
+    // Of a special column by its place: the listed ones', and the label's where it is none of them.
+    int64_t column(int32_t place) const { return in_tiles_[place] < k_ ? listed_[in_tiles_[place]] : label_; }
 
-    // The special columns by tile: those of tile i are in_tiles_[starts_[i]] to before starts_[i + 1].
+    // in_tiles_[starts_[i]] to before starts_[i + 1] are those of tile i, as numbers in [0, k], k being the label.
     void sort_into_tiles() {
         const int64_t tiles = tiles_of(n_);
-        const auto each = [&](auto&& visit) {
-            for (int64_t i = 0; i < k_; ++i)
-                if (listed_[i] >= 0) visit(listed_[i]);
-            if (label_ >= 0 && !label_is_listed_) visit(static_cast<int32_t>(label_));
-        };
+        label_is_apart_ = label_ >= 0;
         std::fill_n(starts_, tiles + 1, 0);
-        each([&](int32_t column) { ++starts_[column / kTile]; });
+        for (int64_t i = 0; i < k_; ++i) {
+            if (listed_[i] < 0) continue;
+            ++starts_[listed_[i] / kTile];
+            if (listed_[i] == label_) label_is_apart_ = false;
+        }
+        if (label_is_apart_) ++starts_[label_ / kTile];
         for (int64_t i = 1; i <= tiles; ++i) starts_[i] += starts_[i - 1];  // where each ends, from which it fills down
-        each([&](int32_t column) { in_tiles_[--starts_[column / kTile]] = column; });
+        for (int64_t i = 0; i < k_; ++i)
+            if (listed_[i] >= 0) in_tiles_[--starts_[listed_[i] / kTile]] = static_cast<int32_t>(i);
+        if (label_is_apart_) in_tiles_[--starts_[label_ / kTile]] = static_cast<int32_t>(k_);
     }
 
     const RestParams& p_;
@@ -181,8 +176,8 @@ class RestRow {
     const char* z_row_;
     const int32_t* listed_;
     int64_t label_;
-    bool label_is_listed_;
-    float scale_, z_y_;  // 1/T in units of log 2; the label's logit
+    bool label_is_apart_;
+    float scale_;  // 1/T in units of log 2
     float *z_tile_, *x_tile_, *peaks_, *rests_, *hards_, *special_;
     int32_t *starts_, *in_tiles_;
 };

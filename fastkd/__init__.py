@@ -20,3 +20,5 @@ from fastkd.layers import layer_map as layer_map
 from fastkd.modules import KDLoss as KDLoss
 from fastkd.sources import LinearLogits as LinearLogits
 from fastkd.sources import TopK as TopK
+from fastkd.teachers import sample_tokens as sample_tokens
+from fastkd.teachers import top_k as top_k

@@ -130,6 +130,18 @@ def linear_rows(
     return z_source.grads()
 
 
+def chunks(source: Tensor | LinearLogits) -> Iterator[Tensor]:
+    """Its logits [R, V], of all rows, each chunk gone with the next; one of no rows where there are none."""
+    autocast = autocast_dtype(source if isinstance(source, Tensor) else source.hidden)
+    like = logits_like(source, autocast)
+    count, columns = like.shape[:-1].numel(), like.shape[-1]
+    with torch.autocast(like.device.type, enabled=False):
+        of_source = _source(source, columns, autocast)
+        step = default_chunk_rows(max(of_source.row_bytes, 4 * columns), like.is_cpu)
+        for start in range(0, max(1, count), step):
+            yield of_source.logits(slice(start, min(start + step, count)))[0].reshape(-1, columns)
+
+
 def _looking_is_free(tensor: Tensor) -> bool:
     return tensor.is_cpu
 

@@ -131,8 +131,8 @@ def kd_loss(
             logits are never all there: the loss, and the gradients of hidden states, matrix and bias, come from a
             chunk of rows at a time.
         teacher_logits: ``(..., V)``, same leading shape; its dtype may differ. Or a :class:`fastkd.LinearLogits`; or a
-            :class:`fastkd.TopK`, of which ids that are none, twice in a row, or of more mass than 1 raise on a CPU. On a
-            GPU ids outside the vocabulary make the row's loss NaN; ``FASTKD_CHECK_LABELS=1`` finds them all.
+            :class:`fastkd.TopK`, a few tokens of each row. Of a row that counts, ids that are no tokens or twice there,
+            and a mass above 1, raise on a CPU; on a GPU an id that is no token makes the row's loss NaN.
         labels: ``(...)`` int64 token ids, or None. A label outside ``[0, V)`` on a row that counts raises on a CPU and
             makes the row's loss NaN on a GPU, where a check would synchronise (see :func:`fastkd.check_labels`).
         temperature: T, of the soft term alone; above 0 and at most 1e19, beyond which T² overflows float32.

@@ -47,7 +47,7 @@ class TopK(NamedTuple):
       Sparse Logit Sampling). Of a top k it teaches that the rest has no mass. A reverse KL would be infinite.
     - ``"support"``: ``p_i/Σp`` and ``q_i/Σq``, the divergence of the two within the K. The student's mass outside is
       left alone, and needs another term, such as the cross-entropy.
-    - ``"truncate"``: the sum over the K of the divergence's terms as they come, ``Σ p_i·log(p_i/q_i)`` for a forward KL.
+    - ``"truncate"``: the sum over the K of the divergence's terms as they come, of forward KL ``Σ p_i·log(p_i/q_i)``.
       No divergence: it may be negative, and its least value is not at the teacher. For reproducing what others did.
 
     In a reverse KL with ``"bucket"`` the teacher's rest has a mass of 2⁻²⁴ at least, which float32 cannot tell from 0:

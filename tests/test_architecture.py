@@ -18,7 +18,7 @@ LAYERS = (
     ("__main__",),
     ("demo",),
     ("__init__",),
-    ("hidden",),
+    ("hidden", "teachers"),
     ("layers",),
     ("modules",),
     ("functional",),

@@ -258,7 +258,7 @@ class Linear:
             part = self._of_hidden.new_empty(self._chunk.shape, dtype=dtype)
             for columns, weight in self._blocks():
                 _multiply(grad[:, columns], weight, part, self._scale, float(columns.start > 0))
-            self._of_hidden[rows] = part
+            self._of_hidden[rows] = part.to(self._of_hidden.dtype)
         if self._of_weight is not None:
             _multiply(grad.T, self._chunk, self._of_weight[: len(self._weight)], self._scale, float(self._summed))
         if self._of_bias is not None:

@@ -150,7 +150,7 @@ def _truncated(
             g -= (1.0 - w) * _no_nan((b - log_m).exp() * (c_t * p_t + c_s * of_student))
     counts = soft_scale != 0
     broken = 0.0 * (p_s.sum(-1) + p_t.sum(-1))  # what _no_nan hides
-    torch.where(counts, term.sum(-1) + broken, 0.0, out=soft)
+    soft.copy_(torch.where(counts, term.sum(-1) + broken, 0.0))
     if outcome_grad is not None:
         total = g.sum(-1, keepdim=True)
         dz = torch.nn.functional.pad(g, (0, 1)).addcmul_(p_s, total, value=-1.0)

@@ -87,6 +87,41 @@ def family(c_t: float, c_s: float, w: float) -> Divergence:
     return divergence
 
 
+class Listed(NamedTuple):
+    """A teacher who lists K tokens of a row."""
+
+    ids: Tensor  # (..., K), −1 for none
+    log_probs: Tensor
+    tail: str
+
+
+def listed_divergence(divergence: Divergence, teacher: Listed, z: Tensor) -> Tensor:
+    """Of one row: z [V] is the student's, over T; ids and log-probabilities are [K]."""
+    keep = teacher.ids >= 0
+    ids, log_t, log_q = teacher.ids[keep].long(), teacher.log_probs.double()[keep], torch.log_softmax(z, -1)
+    log_s = log_q[ids]
+    if teacher.tail == "bucket":
+        outside = torch.ones_like(z, dtype=torch.bool)
+        outside[ids] = False
+        if outside.any():
+            least = 2.0**-24 if divergence is reverse_kl else 0.0
+            rest = (1.0 - log_t.exp().sum()).clamp(min=least)
+            log_t = torch.cat((log_t, rest.log().reshape(1)))
+            log_s = torch.cat((log_s, torch.logsumexp(log_q[outside], -1, keepdim=True)))
+        log_t = torch.log_softmax(log_t, -1)  # for what rounding brought over 1
+    elif not len(ids):
+        return 0.0 * z.sum()
+    elif teacher.tail == "renormalize":
+        everywhere = torch.full_like(z.detach(), -math.inf)
+        everywhere[ids] = torch.log_softmax(log_t, -1)
+        log_t, log_s = everywhere, log_q
+    elif teacher.tail == "support":
+        log_t, log_s = torch.log_softmax(log_t, -1), torch.log_softmax(log_s, -1)
+    else:
+        assert teacher.tail == "truncate"
+    return divergence(log_t, log_s)
+
+
 def hard_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """−Σ q·log softmax(z), q = (1−ε)·1_y + ε/V."""
     log_p = torch.log_softmax(logits, -1)
@@ -127,7 +162,7 @@ def hidden_loss(
 
 def kd_loss(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Listed,
     labels: Tensor | None = None,
     *,
     divergence: Divergence = forward_kl,
@@ -156,12 +191,20 @@ def kd_loss(
         counts = counts & mask
     soft_counts = counts if soft_mask is None else soft_mask
 
-    z, u = student.double()[..., :vocab_size], teacher.double()[..., :vocab_size]
+    z = student.double()[..., :vocab_size]
     hard = z.new_zeros(int(counts.sum()))
     if labels is not None:
         hard = hard_loss(z[counts], labels[counts], label_smoothing)
-    log_t, log_s = (torch.log_softmax(logits[soft_counts] / temperature, -1) for logits in (u, z))
-    soft = divergence(log_t, log_s)
+    if isinstance(teacher, Listed):
+        listed = zip(
+            teacher.ids[soft_counts], teacher.log_probs[soft_counts], z[soft_counts] / temperature, strict=True
+        )
+        rows = [listed_divergence(divergence, Listed(*ids, teacher.tail), of) for *ids, of in listed]
+        soft = torch.stack(rows) if rows else z.new_zeros(0)
+    else:
+        u = teacher.double()[..., :vocab_size]
+        log_t, log_s = (torch.log_softmax(logits[soft_counts] / temperature, -1) for logits in (u, z))
+        soft = divergence(log_t, log_s)
     z_counts = soft_counts if labels is None else counts
     z_losses = torch.logsumexp(z[z_counts], -1) ** 2
 

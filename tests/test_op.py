@@ -36,14 +36,21 @@ def head(device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(*ROWS, 4, device=device), torch.randn(COLUMNS, 4, device=device)
 
 
-# scale and softcap of the student's logits and of the teacher's, autocast
-NUMBERS = (1.0, None, 0.5, 30.0, None)
+# scale and softcap of the student's logits and of the teacher's, the tail, autocast
+NUMBERS = (1.0, None, 0.5, 30.0, "", None)
+SPARSE_NUMBERS = (1.0, None, 1.0, None, "bucket", None)
 
 
 def linear(device: str, chunk_rows: int | None, wants: tuple[bool, ...]) -> tuple[Any, ...]:
     bias = torch.randn(COLUMNS, device=device)
-    sources = (*head(device), bias, *head(device), None)
+    sources = (*head(device), bias, *head(device), None, None)
     return *sources, *rows(device, z_scale=True)[2:], *VARYING, *NUMBERS, chunk_rows, list(wants)
+
+
+def listed(device: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ids."""
+    log_probs, ids = torch.randn(*ROWS, COLUMNS - 2, device=device).log_softmax(-1).topk(3)
+    return log_probs, ids
 
 
 def stats(device: str) -> Tensor:
@@ -67,8 +74,20 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
     "linear_rows_of_logits": (
         "linear_rows",
         lambda device: (
-            rows(device)[0], None, None, *head(device), None, *rows(device)[2:], *JSD, *NUMBERS, 3, [True, False, False]
+            rows(device)[0], None, None, *head(device), None, None, *rows(device)[2:], *JSD, *NUMBERS, 3,
+            [True, False, False],
         ),
+    ),
+    "linear_rows_sparse": (
+        "linear_rows",
+        lambda device: (
+            *head(device), None, listed(device)[0], None, None, listed(device)[1], *rows(device)[2:], *VARYING,
+            *SPARSE_NUMBERS, 3, [True, True, False],
+        ),
+    ),
+    "sparse_rows_": (
+        "sparse_rows_",
+        lambda device: (rows(device)[0], *listed(device), *rows(device, z_scale=True)[2:], *JSD, "truncate"),
     ),
     "hidden_rows": ("hidden_rows", lambda device: (*rows(device)[:2], rows(device)[3], 0, True)),
     "hidden_rows_loss": ("hidden_rows", lambda device: (*rows(device, torch.bfloat16)[:2], rows(device)[3], 1, False)),
@@ -84,7 +103,8 @@ CALLS: dict[str, tuple[str, Callable[[str], tuple[Any, ...]]]] = {
 def test_opcheck(backend: str, device: str, call: str) -> None:
     """Schema, fake implementation and autograd registration agree with what the operator does."""
     name, arguments = CALLS[call]
-    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, name):
+    operation = "rest_rows" if "sparse" in call else name
+    if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, operation):
         pytest.skip(why)
     operator = getattr(torch.ops.fastkd, name).default
     torch.library.opcheck(operator, (*arguments(device), backend))
@@ -117,6 +137,10 @@ def of(hidden: Tensor, scale: float = 1.0) -> fastkd.LinearLogits:
     )
 
 
+def sparse(logits: Tensor, tail: str = "bucket") -> fastkd.TopK:
+    return fastkd.TopK(*logits.log_softmax(-1).topk(3)[::-1], temperature=2.0, tail=tail)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "mean": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, **keys, **BOTH),
     "sum": lambda z, u, y, **keys: fastkd.kd_loss(z, u, y, reduction="sum", **keys, **BOTH),
@@ -129,6 +153,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "linear": lambda z, u, y, **keys: fastkd.kd_loss(of(z), of(u, 0.5), y, chunk_rows=4, **keys, **BOTH),
     "linear_none": lambda z, u, y, **keys: fastkd.kd_loss(of(z), u, y, reduction="none", **keys, **BOTH).square().sum(),
     "linear_teacher": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, z_loss_weight=0.1, **keys)(z, of(u), y),
+    "sparse": lambda z, u, y, **keys: fastkd.kd_loss(z, sparse(u), y, **keys, **BOTH),
+    "sparse_none": lambda z, u, y, **keys: (
+        fastkd.kd_loss(of(z), sparse(u, "truncate"), y, divergence=fastkd.JSD(0.3), reduction="none", **keys, **BOTH)
+        .square()
+        .sum()
+    ),
     "module": lambda z, u, y, **keys: fastkd.KDLoss(**BOTH, **keys)(z, u, y),
     "log_softmax": lambda z, u, y, **keys: -(u * fastkd.log_softmax(z, temperature=2.0, **keys)).sum(),
     "hidden": lambda z, u, y, **keys: fastkd.hidden_loss(z, u, mask=y > 3, **keys),
@@ -153,7 +183,7 @@ def gradient(loss: Callable[..., Tensor], hidden: Tensor, *rest: Tensor) -> tupl
 @pytest.mark.parametrize("backend", _dispatch.NAMES)
 def test_compile(device: str, backend: str, name: str) -> None:
     """One graph, and what eager gives, value and gradient."""
-    operation = "hidden_rows" if name.startswith("hidden") else "kd_rows"
+    operation = {"hidden": "hidden_rows", "sparse": "rest_rows"}.get(name.partition("_")[0], "kd_rows")
     if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, operation):
         pytest.skip(why)
     given = inputs(ROWS, COLUMNS, device=device)
@@ -178,6 +208,7 @@ def test_compile_with_inductor(device: str, name: str) -> None:
 
 # Numbers that stand in the code stay numbers under dynamic=True.
 SHAPED: dict[str, Callable[..., Tensor]] = {
+    "sparse": lambda z, u, y: fastkd.kd_loss(z, sparse(u), y, temperature=2.0, hard_weight=0.3),
     "mean": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3),
     "none": lambda z, u, y: fastkd.kd_loss(z, u, y, temperature=2.0, hard_weight=0.3, reduction="none").square().sum(),
     "log_softmax": lambda z, u, y: -(u * fastkd.log_softmax(z, temperature=2.0)).sum(),
@@ -225,6 +256,9 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "num_items": lambda step, *given: fastkd.kd_loss(*given, **BOTH, num_items=100.0 * step),
     "jsd": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.JSD(step)),
     "skew_kl": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.SkewKL(step)),
+    "sparse": lambda step, z, u, y: fastkd.kd_loss(
+        z, sparse(u), y, temperature=2.0, hard_weight=step, divergence=fastkd.JSD(step)
+    ),
     "own": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.Divergence("own", step, 1.0, 0.3)),
     "all_at_once": lambda step, *given: fastkd.kd_loss(
         *given, temperature=1 + step, hard_weight=step, soft_weight=1 - step, label_smoothing=step,

@@ -141,9 +141,9 @@ def test_a_student_who_has_it_right(device: str) -> None:
     """The K and the rest's mass: 0, though the rest is not the teacher's; and the gradient there is 0."""
     teacher = torch.randn(3, 50, device=device, dtype=torch.float64)
     listed = fastkd.top_k(teacher, 5)
+    student = torch.randn_like(teacher)
     mass, own = (
-        torch.logsumexp(logits.scatter(-1, listed.ids, -torch.inf), -1, keepdim=True)
-        for logits in (teacher, student := torch.randn_like(teacher))
+        torch.logsumexp(logits.scatter(-1, listed.ids, -torch.inf), -1, keepdim=True) for logits in (teacher, student)
     )
     student = (student - own + mass).scatter(-1, listed.ids, teacher.gather(-1, listed.ids))
     leaf = student.requires_grad_()

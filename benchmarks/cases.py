@@ -15,14 +15,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 VOCABULARIES = (32000, 50257, 128256, 151936, 256000)
 HIDDEN = 1024  # width of hidden states
 HIDDEN_STATES, HIDDEN_LAYERS = "hidden states + backward", "hidden layers + backward"
+TOP_K = "top-k + backward"
 
 
 class Inputs(NamedTuple):
     student: Tensor  # [rows, vocab], or hidden states [rows, HIDDEN]; requires a gradient
-    teacher: Tensor  # likewise
+    teacher: Tensor  # likewise; or log-probabilities [rows, k] of a top k
     labels: Tensor  # [rows]
     grad_output: Tensor  # of the loss: 0-d; of log-probabilities: [rows, vocab]
     heads: tuple[Tensor, ...] = ()  # output matrices of student and teacher [vocab, HIDDEN], with hidden states
+    ids: Tensor | None = None  # [rows, k] of a top k
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's, [rows, vocab]."""
@@ -40,12 +42,14 @@ class Case:
     dtype: str = "bfloat16"
     # or "loss", with no gradient asked for; "log_softmax", with its backward; "hidden states + backward", the loss from
     # what comes before the output matrices, with the gradients of the student's two; "hidden layers + backward", the
-    # mean squared difference of states of width ``vocab``
+    # mean squared difference of states of width ``vocab``; "top-k + backward", the loss of a teacher's k most probable
+    # tokens, the others being one outcome
     kind: str = "loss + backward"
     divergence: str = "forward_kl"  # or "reverse_kl", "jsd" (beta = 0.5)
     terms: str = "both"  # or "hard", "soft"
     grad_output: float = 1.0
     inplace: bool = False
+    k: int = 0  # of a top k
 
     @property
     def name(self) -> str:
@@ -55,6 +59,7 @@ class Case:
             f"{self.terms} only": self.terms != "both",
             f"grad_output {self.grad_output}": self.grad_output != 1.0,
             "in place": self.inplace,
+            f"k = {self.k}": self.k > 0,
         }
         changed = [change for change, is_one in changes.items() if is_one]
         return ", ".join([self.kind, f"{self.rows} x {self.vocab}", self.dtype, *changed])
@@ -64,8 +69,8 @@ class Case:
         """Read each input once, write each output once."""
         if self.kind == HIDDEN_STATES:
             return 3 * (self.rows + self.vocab) * HIDDEN * DTYPES[self.dtype].itemsize
-        kinds = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3, HIDDEN_LAYERS: 3}
-        tensors = kinds[self.kind] - (self.terms == "hard")
+        kinds = {"loss + backward": 3, "loss": 2, "log_softmax": 2 + 3, HIDDEN_LAYERS: 3, TOP_K: 2}
+        tensors = kinds[self.kind] - (self.terms == "hard" and self.kind != TOP_K)
         return tensors * self.rows * self.vocab * DTYPES[self.dtype].itemsize
 
     def inputs(self, device: str) -> Inputs:
@@ -79,12 +84,15 @@ class Case:
         else:
             student, teacher = (torch.randn(self.rows, self.vocab, **options_2d).mul_(3.0) for _ in range(2))
             heads = ()
+        ids = None
+        if self.kind == TOP_K:
+            teacher, ids = torch.log_softmax(teacher.float() / TEMPERATURE, -1).topk(self.k)
         labels = torch.randint(self.vocab, (self.rows,), **options)
         if self.kind == "log_softmax":
             grad_output = torch.randn(self.rows, self.vocab, **options_2d)
         else:
             grad_output = torch.tensor(self.grad_output, device=device)
-        return Inputs(student.requires_grad_(self.kind != "loss"), teacher, labels, grad_output, heads)
+        return Inputs(student.requires_grad_(self.kind != "loss"), teacher, labels, grad_output, heads, ids)
 
     def as_dict(self) -> dict[str, Any]:
         return {"name": self.name, "bytes": self.bytes, **asdict(self)}
@@ -132,5 +140,11 @@ def hidden_layers() -> Iterator[Case]:
         yield Case(4096, width, dtype, HIDDEN_LAYERS)
 
 
+def top_k(device: str) -> Iterator[Case]:
+    """Beside the dense loss of this shape, which the quick set has."""
+    for k in (8, 64, 256):
+        yield Case(*((1024, 32000, "float32") if device == "cpu" else (4096, 128256)), kind=TOP_K, k=k)
+
+
 def select(device: str, everything: bool) -> list[Case]:
-    return list(dict.fromkeys([*(full if everything else quick)(device), *hidden_layers()]))
+    return list(dict.fromkeys([*(full if everything else quick)(device), *hidden_layers(), *top_k(device)]))

@@ -54,7 +54,8 @@ def reference(case: Case, device: str) -> tuple[Tensor, Tensor | None]:
         student = inputs.student.detach()[rows].double().requires_grad_(inputs.student.requires_grad)
         grad_output = (inputs.grad_output[rows] if inputs.grad_output.dim() else inputs.grad_output).double()
         teacher, labels = inputs.teacher[rows].double(), inputs.labels[rows]
-        exact = formula(case, Inputs(student, teacher, labels, grad_output, heads))
+        ids = None if inputs.ids is None else inputs.ids[rows]
+        exact = formula(case, Inputs(student, teacher, labels, grad_output, heads, ids))
         if exact.dim() == 0:
             exact = exact * (len(student) / case.rows)  # its share of the mean over all rows
         values.append(exact.detach() if exact.dim() == 0 else exact.detach().float())

@@ -147,7 +147,7 @@ def test_a_student_who_has_it_right(device: str) -> None:
     )
     student = (student - own + mass).scatter(-1, listed.ids, teacher.gather(-1, listed.ids))
     leaf = student.requires_grad_()
-    for divergence in DIVERGENCES[:4]:
+    for divergence in (d for d in DIVERGENCES if d != "tvd"):  # whose gradient is a sign
         loss = fastkd.kd_loss(leaf, listed, divergence=divergence)
         assert loss.item() < 1e-12
         assert torch.autograd.grad(loss, leaf)[0].abs().max() < 1e-6

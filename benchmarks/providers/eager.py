@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, HIDDEN_STATES, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, HIDDEN_STATES, SOFT_WEIGHT, TEMPERATURE, TOP_K, Case, Inputs
 from fastkd.bench.provider import Loss, Provider
 
 
@@ -35,7 +35,13 @@ def formula(case: Case, inputs: Inputs) -> Tensor:
     if case.terms != "soft":
         loss = loss + HARD_WEIGHT * F.cross_entropy(student, inputs.labels)
     if case.terms != "hard":
-        log_s, log_t = (F.log_softmax(x / TEMPERATURE, -1) for x in (student, teacher))
+        log_s = F.log_softmax(student / TEMPERATURE, -1)
+        if case.kind == TOP_K:
+            log_t = torch.cat((teacher, torch.log1p(-teacher.exp().sum(-1, keepdim=True))), -1)
+            rest = log_s.scatter(-1, inputs.ids, -torch.inf).logsumexp(-1, keepdim=True)
+            log_s = torch.cat((log_s.gather(-1, inputs.ids), rest), -1)
+        else:
+            log_t = F.log_softmax(teacher / TEMPERATURE, -1)
         loss = loss + SOFT_WEIGHT * TEMPERATURE**2 * divergence(case.divergence, log_s, log_t)
     return loss
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _dispatch
-from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, SOFT_WEIGHT, TEMPERATURE, TOP_K, Case, Inputs
 from fastkd.bench.provider import Loss, Provider
 
 
@@ -22,6 +22,8 @@ def loss(backend: str, case: Case) -> Loss | None:
         if not hasattr(_dispatch.backend(backend), "hidden_rows"):
             return None
         return lambda inputs: fastkd.hidden_loss(inputs.student, inputs.teacher, backend=backend)
+    if case.kind == TOP_K and not hasattr(_dispatch.backend(backend), "rest_rows"):
+        return None
     if case.kind == "log_softmax":
         return lambda inputs: fastkd.log_softmax(inputs.student, temperature=TEMPERATURE, backend=backend)
 
@@ -29,6 +31,8 @@ def loss(backend: str, case: Case) -> Loss | None:
         student, teacher = Output.apply(inputs.student) if case.inplace else inputs.student, inputs.teacher
         if inputs.heads:
             student, teacher = map(fastkd.LinearLogits, (student, teacher), inputs.heads)
+        if inputs.ids is not None:
+            teacher = fastkd.TopK(inputs.ids, teacher, TEMPERATURE)
         value = fastkd.kd_loss(
             student,
             teacher,

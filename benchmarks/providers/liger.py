@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, HIDDEN_STATES, SOFT_WEIGHT, TEMPERATURE, Case, Inputs
+from fastkd.bench.cases import HARD_WEIGHT, HIDDEN_LAYERS, HIDDEN_STATES, SOFT_WEIGHT, TEMPERATURE, TOP_K, Case, Inputs
 from fastkd.bench.provider import Loss, Provider, needs, needs_gpu_and
 
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
 
 
 def liger(case: Case) -> Loss | None:
-    if case.kind in ("log_softmax", HIDDEN_STATES, HIDDEN_LAYERS) or case.inplace:
+    if case.kind in ("log_softmax", HIDDEN_STATES, HIDDEN_LAYERS, TOP_K) or case.inplace:
         return None
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_jsd, liger_kl_div
 

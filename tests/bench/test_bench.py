@@ -39,6 +39,7 @@ def results(device: str) -> dict[str, Any]:
 @pytest.mark.parametrize("case", [
     Case(5, 33), Case(5, 33, "float16", "loss"), Case(5, 33, "float32", "log_softmax"),
     Case(5, 33, kind="hidden states + backward"), Case(5, 33, kind="hidden layers + backward"),
+    Case(5, 33, kind="top-k + backward", k=4),
     Case(5, 33, divergence="reverse_kl"), Case(5, 33, divergence="jsd"), Case(5, 33, terms="hard"),
     Case(5, 33, terms="soft"), Case(5, 33, grad_output=0.5), Case(5, 33, inplace=True),
 ], ids=lambda case: case.name)  # fmt: skip

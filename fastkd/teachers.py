@@ -46,7 +46,8 @@ def top_k(teacher: Logits, k: int, *, temperature: float = 1.0, tail: str = "buc
         peak = largest[:, :1]
         log_sum = ((z - peak) / temperature).exp().sum(-1, keepdim=True).log()
         parts.append((ids, (largest - peak) / temperature - log_sum))
-    return TopK(*(_joined(part, (*shape[:-1], k)) for part in zip(*parts, strict=True)), float(temperature), tail)
+    ids, log_probs = (torch.cat(part).view(*shape[:-1], k) for part in zip(*parts, strict=True))
+    return TopK(ids, log_probs, float(temperature), tail)
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def sample_tokens(
         place = is_first.cumsum(-1) - 1  # of each draw among the distinct ones
         counts = torch.zeros_like(p[:, :1]).repeat(1, n).scatter_add_(1, place, torch.ones_like(place, dtype=p.dtype))
         parts.append((torch.full_like(drawn, -1).scatter_(1, place, drawn), (counts / n).log_()))
-    ids, log_probs = (_joined(part, (*shape[:-1], n)) for part in zip(*parts, strict=True))
+    ids, log_probs = (torch.cat(part).view(*shape[:-1], n) for part in zip(*parts, strict=True))
     return TopK(ids, log_probs, float(temperature), "renormalize")
 
 
@@ -105,7 +106,3 @@ def _chunks(teacher: Logits) -> Iterator[Tensor]:
     """The logits [R, V] in float32, or float64."""
     for z in _linear.chunks(teacher):
         yield z.to(torch.promote_types(z.dtype, torch.float32))
-
-
-def _joined(parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
-    return torch.cat(parts).view(shape)

@@ -37,6 +37,9 @@ def test_docstrings(name: str) -> None:
         fastkd.log_softmax,
         fastkd.KDLoss,
         fastkd.LinearLogits,
+        fastkd.TopK,
+        fastkd.top_k,
+        fastkd.sample_tokens,
         fastkd.hidden_loss,
         fastkd.HiddenLoss,
         fastkd.layer_map,
@@ -55,7 +58,7 @@ def test_everything_public_is_documented() -> None:
     assert {"kd_loss", "log_softmax", "KDLoss", "JSD", "SkewKL", "SkewReverseKL", "Divergence", "use_backend"} <= set(
         public
     )
-    silent = ("KDLoss", "KDLossParts", "LinearLogits", "HiddenLossParts", "CopyReport")
+    silent = ("KDLoss", "KDLossParts", "LinearLogits", "TopK", "HiddenLossParts", "CopyReport")
     for name, value in public.items():
         assert value.__doc__, name
         assert "Raises:" in value.__doc__ or name in silent, name

@@ -40,8 +40,11 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
     """``stats`` hold what a z-loss needs, and else 0: the gradient of this backend starts again from the logits."""
-    want_grad = grad is not None
-    _walk(rows, spec, hard, soft, stats, grad, lambda at, chunk, *exps: _soft_term(spec, chunk, *exps, want_grad))
+
+    def soft_term(at: slice, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _soft_term(spec, chunk, z, peak, exps, grad is not None)
+
+    _walk(rows, spec, hard, soft, stats, grad, soft_term)
 
 
 def _walk(
@@ -82,19 +85,19 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
 
 
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
-    def soft_term(at: slice, chunk: Rows, z: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        _, peak, total = _unlisted(z, listed[at], spec.temperature)
-        stats[at, PEAK_TEACHER] = peak.squeeze(1)
+    def soft_term(at: slice, chunk: Rows, z: Tensor, *exps: Tensor) -> tuple[Tensor, None]:
+        _, c, total = _unlisted(z, listed[at], spec.temperature)
+        stats[at, PEAK_TEACHER] = c.squeeze(1)
         return total.log().squeeze(1), None
 
     _walk(rows, spec, hard, rest, stats, None, soft_term)
 
 
 def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
-    def soft_term(at: slice, chunk: Rows, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        exps, _, total = _unlisted(z, listed[at], spec.temperature)
+    def soft_term(at: slice, chunk: Rows, z: Tensor, *exps: Tensor) -> tuple[Tensor, Tensor]:
+        dz, _, total = _unlisted(z, listed[at], spec.temperature)
         of_outcome = outcome_grad[at] / spec.temperature
-        dz = exps.mul_((of_outcome[:, -1:] / total).masked_fill_(total == 0, 0.0))
+        dz.mul_((of_outcome[:, -1:] / total).masked_fill_(total == 0, 0.0))
         some = listed[at]
         dz.scatter_add_(1, some.long().clamp(min=0), of_outcome[:, :-1].masked_fill(some < 0, 0.0))
         return total.squeeze(1), dz

@@ -79,6 +79,23 @@ def test_builds_agree_on_hidden_states(isa: str, dtype: torch.dtype, kind: str) 
     torch.testing.assert_close(grad, best[1], rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_builds_agree_on_a_top_k(isa: str, dtype: torch.dtype) -> None:
+    """With listed columns in every tile, and none in some."""
+    student, teacher, labels = inputs(3, 3001, dtype)
+    best = [run(student, fastkd.top_k(teacher, k, temperature=2.0), labels) for k in (2, 200)]
+    if why := cpu._cpu.use_isa(isa):
+        pytest.skip(why)
+    for k, (best_loss, best_grad) in zip((2, 200), best, strict=True):
+        loss, grad = run(student, fastkd.top_k(teacher, k, temperature=2.0), labels)
+        torch.testing.assert_close(loss, best_loss, rtol=2e-6, atol=0)
+        size = best_grad.float().abs().max()
+        torch.testing.assert_close(
+            grad.float() / size, best_grad.float() / size, rtol=torch.finfo(dtype).eps, atol=1e-6
+        )
+
+
 def test_number_of_threads_changes_no_bit() -> None:
     case = inputs(67, 5000)
     results = []

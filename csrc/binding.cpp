@@ -77,13 +77,15 @@ void rest_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uint
                uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t rest, uintptr_t stats, int64_t rows,
                int64_t inner_rows, int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s,
                float w, float smoothing, bool from_stats, uintptr_t listed, int64_t k, uintptr_t outcome_grad,
-               int threads) {
+               uintptr_t outcomes, uintptr_t outcome_scale, int64_t count, int threads) {
     fastkd::RestParams p;
     static_cast<fastkd::KDRowsParams&>(p) =
         fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, rest, stats, rows, inner_rows,
                                n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     p.listed = fastkd::pointer<const int32_t>(listed), p.k = k;
     p.outcome_grad = fastkd::pointer<const float>(outcome_grad);
+    p.outcomes = fastkd::pointer<const float>(outcomes), p.count = count;
+    p.outcome_scale = fastkd::pointer<const float>(outcome_scale);
     if (p.dz.data != p.z.data) expect_large_pages(p.dz, rows, columns);
     const Kernels& kernel = kernels();
     run(p, columns * 4, threads, kernel.rest_scratch(p), kernel.rest_row);

@@ -52,6 +52,10 @@ struct RestParams : KDRowsParams {
     const int32_t* listed = nullptr;      // [N, k] columns, distinct in a row; −1 for none
     int64_t k = 0;
     const float* outcome_grad = nullptr;  // [N, k + 1], the last of the others
+    // Or all at once: the row operation on the k + 1 outcomes between the two, of which the numbers above are.
+    const float* outcomes = nullptr;       // [N, k + 1] the teacher's log-probabilities; null: not all at once
+    const float* outcome_scale = nullptr;  // [N] the soft scale of these
+    int64_t count = 0;                     // of outcomes: k + 1, or k without the others
 };
 
 // Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak and (z − peak)/T;

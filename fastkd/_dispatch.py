@@ -61,6 +61,19 @@ class Backend(Protocol):
         0, whatever its outcome_grad; so do columns past vocab_size.
         """
 
+    def sparse_rows(
+        self, rows: Rows, spec: RowSpec, listed: Tensor, outcomes: Tensor, count: int, outcome_scale: Tensor,
+        hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None,
+    ) -> None:  # fmt: skip
+        """``rest_rows``, the row operation on the outcomes, and ``rest_grad``, in one: the row is then at hand.
+
+        ``outcomes`` [N, K + 1], contiguous, in the losses' dtype, are the teacher's, of which ``count`` are there, K + 1
+        or K. The student's are z/T at the listed columns and ``c/T + rest``. Of the divergence between the two, which
+        ``spec`` names, at temperature 1, ``soft`` [N] is the value and ``outcome_scale`` [N] the soft scale.
+
+        A backend that has the other two may lack this one.
+        """
+
     def scale_(self, grad: Tensor, scalar: Tensor) -> None:
         """``grad *= scalar``, which is 0-d and is read on the device; nothing is written if it is 1."""
 

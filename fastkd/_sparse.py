@@ -43,6 +43,10 @@ def kd_rows(
     listed, u = _teacher_outcomes(teacher, spec, soft.dtype)
     if teacher.tail in ("renormalize", "support"):  # who lists nothing says nothing
         soft_scale = torch.where((listed < 0).all(-1), 0.0, soft_scale)
+    outcomes = u.shape[1] - (teacher.tail == "support")
+    if teacher.tail != "truncate" and hasattr(chosen, "sparse_rows"):
+        chosen.sparse_rows(rows, spec, listed, u, outcomes, soft_scale, hard, soft, stats, grad)
+        return
     rest = torch.empty_like(soft)
     chosen.rest_rows(rows, spec, listed, hard, rest, stats)
     z = _student_outcomes(rows.student, listed, rest, stats[:, PEAK_TEACHER], spec)
@@ -50,9 +54,7 @@ def kd_rows(
     if teacher.tail == "truncate":
         _truncated(z, u, soft_scale, spec, soft, outcome_grad)
     else:
-        of_outcomes = spec._replace(
-            temperature=1.0, label_smoothing=0.0, vocab_size=u.shape[1] - (teacher.tail == "support")
-        )
+        of_outcomes = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
         none, matrices = torch.empty_like(hard), Rows(z.unsqueeze(0), u.unsqueeze(0), None, None, soft_scale)
         out = None if outcome_grad is None else outcome_grad.unsqueeze(0)
         chosen.kd_rows(matrices, of_outcomes, none, soft, torch.empty_like(stats), out)

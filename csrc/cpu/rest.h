@@ -60,6 +60,8 @@ class RestRow {
         z_row_ = p_.z.row(row, p_.inner_rows);
         listed_ = p_.listed + row * k_;
         label_ = label_of(p_, row);
+        outcome_grad_ = p_.outcome_grad + row * (k_ + 1);
+        inv_t_ = 1.0f / p_.temperature;
         scale_ = static_cast<float>(1.4426950408889634 / p_.temperature);
         for (float** part : {&z_tile_, &x_tile_}) *part = scratch, scratch += kTile;
         for (float** part : {&peaks_, &rests_, &hards_}) *part = scratch, scratch += tiles_of(n_);
@@ -72,14 +74,14 @@ class RestRow {
     static int64_t scratch_floats(const RestParams& p) { return 2 * kTile + 4 * tiles_of(p.n) + 1 + 2 * (p.k + 1); }
 
     void rest() {
-        float z_y = p_.labels ? kNaN : -kInfinity;
-        if (label_ >= 0) z_y = *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
+        z_y_ = p_.labels ? kNaN : -kInfinity;
+        if (label_ >= 0) z_y_ = *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
         double sum_z = 0.0;
         float peak = -kInfinity, special_peak = -kInfinity;
         for_tiles(n_, [&](int64_t at, int n) {
             const int64_t i = at / kTile;
             const float* x = load_tile(z_row_, p_.z.dtype, at, n, z_tile_);
-            if (p_.smoothing > 0.0f && p_.labels) sum_z += sum_of(x, n, shift_of(z_y));
+            if (p_.smoothing > 0.0f && p_.labels) sum_z += sum_of(x, n, shift_of(z_y_));
             if (starts_[i] < starts_[i + 1]) {
                 std::copy_n(x, n, x_tile_);
                 for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) {
@@ -97,8 +99,8 @@ class RestRow {
                 rests_[i] = sums.rest, hards_[i] = sums.hard;
             });
         });
-        const float c = label_is_apart_ ? max(z_y, peak) : peak, z_peak = max(special_peak, max(z_y, peak));
-        double rest = label_is_apart_ ? rescale(z_y, c, scale_) : 0.0, hard = 0.0;
+        const float c = label_is_apart_ ? max(z_y_, peak) : peak, z_peak = max(special_peak, max(z_y_, peak));
+        double rest = label_is_apart_ ? rescale(z_y_, c, scale_) : 0.0, hard = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             rest += static_cast<double>(rests_[i]) * rescale(peaks_[i], c, scale_);
             hard += static_cast<double>(hards_[i]) * rescale(peaks_[i], z_peak, kLog2E);
@@ -109,18 +111,35 @@ class RestRow {
         std::fill_n(stats, static_cast<int>(kNumStats), 0.0f);
         if (hard_mode_ != Hard::kNone) {
             const int count = starts_[tiles_of(n_)];
-            hard_term(p_, row_, hard + sum_of_exp(special_, count, shift_of(z_peak), kLog2E), z_peak, z_y, sum_z);
+            hard_term(p_, row_, hard + sum_of_exp(special_, count, shift_of(z_peak), kLog2E), z_peak, z_y_, sum_z);
         }
         stats[kPeakTeacher] = shift_of(c);
         stats[kLogRatio] = p_.soft[row_];
     }
 
+    // z' [k + 1] at temperature 1, less the largest logit: far from 0 it would have no digits left. After rest().
+    void outcomes(float* z) const {
+        const float* stats = p_.stats + row_ * kNumStats;
+        std::fill_n(z, k_ + 1, -kInfinity);
+        for (int32_t s = 0; s < starts_[tiles_of(n_)]; ++s)
+            if (in_tiles_[s] < k_) z[in_tiles_[s]] = column(s) == label_ ? z_y_ : special_[s];
+        const float rest = stats[kLogRatio], c = stats[kPeakTeacher];
+        if (rest != -kInfinity) z[k_] = c;
+        const float largest = shift_of(max_of(z, static_cast<int>(k_ + 1)));
+        for (int64_t i = 0; i < k_; ++i) z[i] = (z[i] - largest) * inv_t_;
+        z[k_] = (c - largest) * inv_t_ + rest;
+    }
+
+    void gradient_from(const float* outcome_grad) {
+        outcome_grad_ = outcome_grad;
+        gradient_from_stats();
+    }
+
     void gradient_from_stats() {
         const float* stats = p_.stats + row_ * kNumStats;
-        const float* outcome_grad = p_.outcome_grad + row_ * (k_ + 1);
-        const float inv_t = 1.0f / p_.temperature, c = stats[kPeakTeacher], z_peak = stats[kPeakStudent];
+        const float c = stats[kPeakTeacher], z_peak = stats[kPeakStudent];
         const float of_rest =
-            stats[kLogRatio] == -kInfinity ? 0.0f : outcome_grad[k_] * inv_t * std::exp(-stats[kLogRatio]);
+            stats[kLogRatio] == -kInfinity ? 0.0f : outcome_grad_[k_] * inv_t_ * std::exp(-stats[kLogRatio]);
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f, z_scale = z_factor(p_, row_);
         const float smooth = hard_scale * p_.smoothing / static_cast<float>(n_);
         const float of_peak = std::exp(-stats[kLogHard]);
@@ -138,7 +157,7 @@ class RestRow {
             // What is over the peak of the others, whose exponentials may be infinite, and the label.
             for (int32_t s = starts_[i]; s < starts_[i + 1]; ++s) {
                 const bool is_listed = in_tiles_[s] < k_;
-                float sum = is_listed ? outcome_grad[in_tiles_[s]] * inv_t : of_rest * rescale(special_[s], c, scale_);
+                float sum = is_listed ? outcome_grad_[in_tiles_[s]] * inv_t_ : of_rest * rescale(special_[s], c, scale_);
                 if (hard_mode_ != Hard::kNone) {
                     const float p = of_peak * rescale(special_[s], z_peak, kLog2E);
                     sum += column(s) == label_ ? z_scale * p + of_label : (hard_scale + z_scale) * p - smooth;
@@ -177,7 +196,9 @@ class RestRow {
     const int32_t* listed_;
     int64_t label_;
     bool label_is_apart_;
-    float scale_;  // 1/T in units of log 2
+    float inv_t_, scale_;  // 1/T, and in units of log 2
+    float z_y_ = 0.0f;
+    const float* outcome_grad_;
     float *z_tile_, *x_tile_, *peaks_, *rests_, *hards_, *special_;
     int32_t *starts_, *in_tiles_;
 };

@@ -44,12 +44,35 @@ void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
     });
 }
 
-int64_t rest_scratch(const RestParams& p) { return RestRow::scratch_floats(p); }
+// The row operation on a row's outcomes. z and dz: k + 1 numbers; stats: eight, and one more.
+KDRowsParams of_outcomes(const RestParams& p, int64_t row, float* z, float* dz, float* stats) {
+    KDRowsParams q;
+    q.z.data = reinterpret_cast<char*>(z);
+    q.u.data = const_cast<char*>(reinterpret_cast<const char*>(p.outcomes + row * (p.k + 1)));
+    if (p.dz.data) q.dz.data = reinterpret_cast<char*>(dz);
+    q.soft_scale = p.outcome_scale + row;
+    q.stats = stats, q.hard = stats + kNumStats, q.soft = p.soft + row;
+    q.rows = q.inner_rows = 1, q.n = p.count, q.columns = p.k + 1;
+    q.formula = p.formula, q.c_t = p.c_t, q.c_s = p.c_s, q.w = p.w;
+    return q;
+}
+
+int64_t rest_scratch(const RestParams& p) {
+    const int64_t own = RestRow::scratch_floats(p);
+    if (!p.outcomes) return own;
+    return own + 2 * (p.k + 1) + kNumStats + 1 + kd_scratch(of_outcomes(p, 0, nullptr, nullptr, nullptr));
+}
 
 void rest_row(const RestParams& p, int64_t row, float* scratch) {
     if_counted(p, row, true, [&] {
         RestRow one(p, row, scratch);
-        p.from_stats ? one.gradient_from_stats() : one.rest();
+        if (!p.outcomes) return p.from_stats ? one.gradient_from_stats() : one.rest();
+        one.rest();
+        float* z = scratch + RestRow::scratch_floats(p);
+        float *dz = z + p.k + 1, *stats = dz + p.k + 1;
+        one.outcomes(z);
+        kd_row(of_outcomes(p, row, z, dz, stats), 0, stats + kNumStats + 1);
+        if (p.dz.data) one.gradient_from(dz);
     });
 }
 

@@ -43,12 +43,21 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
 
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
     arguments = _arguments.kd_rows(rows, spec, hard, rest, stats, None)
-    _cpu.rest_rows(*arguments, listed.data_ptr(), listed.shape[1], 0, torch.get_num_threads())
+    _cpu.rest_rows(*arguments, listed.data_ptr(), listed.shape[1], 0, 0, 0, 0, torch.get_num_threads())
 
 
 def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
     arguments = _arguments.kd_rows(rows, spec, None, None, stats, grad)
-    of_outcomes = listed.data_ptr(), listed.shape[1], outcome_grad.data_ptr()
+    of_outcomes = listed.data_ptr(), listed.shape[1], outcome_grad.data_ptr(), 0, 0, 0
+    _cpu.rest_rows(*arguments, *of_outcomes, torch.get_num_threads())
+
+
+def sparse_rows(
+    rows: Rows, spec: RowSpec, listed: Tensor, outcomes: Tensor, count: int, outcome_scale: Tensor, hard: Tensor,
+    soft: Tensor, stats: Tensor, grad: Tensor | None,
+) -> None:  # fmt: skip
+    arguments = _arguments.kd_rows(rows, spec, hard, soft, stats, grad)
+    of_outcomes = listed.data_ptr(), listed.shape[1], 0, outcomes.data_ptr(), outcome_scale.data_ptr(), count
     _cpu.rest_rows(*arguments, *of_outcomes, torch.get_num_threads())
 
 

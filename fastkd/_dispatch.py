@@ -67,9 +67,9 @@ class Backend(Protocol):
     ) -> None:  # fmt: skip
         """``rest_rows``, the row operation on the outcomes, and ``rest_grad``, in one: the row is then at hand.
 
-        ``outcomes`` [N, K + 1], contiguous, in the losses' dtype, are the teacher's, of which ``count`` are there, K + 1
-        or K. The student's are z/T at the listed columns and ``c/T + rest``. Of the divergence between the two, which
-        ``spec`` names, at temperature 1, ``soft`` [N] is the value and ``outcome_scale`` [N] the soft scale.
+        ``outcomes`` [N, K + 1], contiguous, in the losses' dtype, are the teacher's, of which the first ``count`` are
+        there, K + 1 or K. The student's are z/T at the listed columns and ``c/T + rest``. Of the divergence between the
+        two, which ``spec`` names, at temperature 1, ``soft`` [N] is the value and ``outcome_scale`` [N] the soft scale.
 
         A backend that has the other two may lack this one.
         """

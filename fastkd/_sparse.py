@@ -28,6 +28,8 @@ from fastkd.sources import TopK
 
 # The teacher's mass beyond the listed tokens where 1 − Σp in float32 has none left: a reverse KL needs some.
 SMALLEST_TAIL = 2.0**-24
+# Elements of what duplicates are looked for in: 16 MB.
+MARKS = 2**21
 # Σp may be so much larger than 1 as the rounding of log-probabilities, of bfloat16 at the worst, can make it.
 LARGEST_MASS = 1.0625
 
@@ -72,20 +74,20 @@ def check(teacher: TopK, vocab_size: int, soft_scale: Tensor) -> None:
     ids, log_probs = teacher[:2]
     if not ids.numel():
         return
-    ordered = ids.sort(-1).values  # the extremes of a row, and what is twice in it side by side
-    bad = (ordered[:, 0] < -1) | (ordered[:, -1] >= vocab_size)
-    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(-1)
-    mass = log_probs.float().exp().masked_fill_(ids < 0, 0.0).sum(-1)
+    is_bad = (ids < -1) | (ids >= vocab_size)
+    bad, is_twice = is_bad.any(-1), _listed_again(torch.where(is_bad, -1, ids).long(), vocab_size)
+    twice = is_twice.any(-1)
+    mass = torch.where(ids < 0, 0.0, log_probs.float().exp()).sum(-1)
     too_much = ~(mass <= LARGEST_MASS)  # NaN, too
     wrong = (bad | twice | too_much) & (soft_scale != 0)
     if not bool(wrong.any()):
         return
     row = int(wrong.nonzero()[0])
     if bad[row]:
-        found = ids[row][(ids[row] < -1) | (ids[row] >= vocab_size)]
+        found = ids[row][is_bad[row]]
         raise ValueError(f"ids: got {int(found[0])} in row {row}, must be in [0, {vocab_size}), or -1 for padding")
     if twice[row]:
-        found = ordered[row, 1:][(ordered[row, 1:] == ordered[row, :-1]) & (ordered[row, 1:] >= 0)]
+        found = ids[row][is_twice[row]]
         raise ValueError(f"ids: got {int(found[0])} more than once in row {row}, must be distinct; -1 is padding")
     raise ValueError(
         f"log_probs: got probabilities of sum {mass[row].item():.4g} in row {row}, must be at most 1; these are "
@@ -93,13 +95,29 @@ def check(teacher: TopK, vocab_size: int, soft_scale: Tensor) -> None:
     )
 
 
+def _listed_again(ids: Tensor, vocab_size: int) -> Tensor:
+    """Which of ids [N, K] another place of their row lists too, one of these excepted.
+
+    Each writes its place at its column, which memory need not be cleared for, and finds there its own or another.
+    """
+    places = torch.arange(ids.shape[1], device=ids.device)
+    step = max(1, MARKS // vocab_size)
+    marks = torch.empty(min(step, len(ids)), vocab_size + 1, dtype=torch.int64, device=ids.device)
+    found = torch.empty_like(ids)
+    for start in range(0, len(ids), step):
+        some = torch.where(ids[start : start + step] < 0, vocab_size, ids[start : start + step])
+        of_rows = marks[: len(some)].scatter_(1, some, places.expand_as(some))
+        torch.gather(of_rows, 1, some, out=found[start : start + step])
+    return (found != places) & (ids >= 0)
+
+
 def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(listed [N, K] int32, u' [N, K + 1]). What is out of range, which a CPU has found, makes its row NaN."""
     ids, log_probs = teacher[:2]
-    absent = ids < 0
     bad = (ids < -1) | (ids >= spec.vocab_size)
-    listed = ids.masked_fill(bad, -1).int().contiguous()
-    a = log_probs.to(dtype).masked_fill(absent, -math.inf).masked_fill_(bad, math.nan)
+    listed = torch.where(bad, -1, ids).int().contiguous()
+    absent = ids < 0
+    a = torch.where(bad, math.nan, torch.where(absent, -math.inf, log_probs.to(dtype)))
     if teacher.tail == "bucket":
         # 1 − Σp, the largest apart: 1 − p has its digits as p → 1.
         largest, at = a.max(-1, keepdim=True)

@@ -17,14 +17,18 @@ namespace fastkd {
 inline namespace FASTKD_ISA {
 
 struct RestSums {
-    float rest = 0.0f, hard = 0.0f;
+    float rest, hard, peak;
 };
+
+// So far from a tile's peak may lie what its exponents subtract: they round by 2e-7 more, and save a walk for the peak.
+constexpr float kNearPeak = 4.0f;
 
 template <Hard kHard>
 FASTKD_TILE_LOOP inline RestSums rest_sums(const float* x, int n, float shift, float k) {
-    float rest = 0.0f, hard = 0.0f;
-#pragma omp simd reduction(+ : rest, hard)
+    float rest = 0.0f, hard = 0.0f, peak = -kInfinity;
+#pragma omp simd reduction(+ : rest, hard) reduction(max : peak)
     for (int j = 0; j < n; ++j) {
+        peak = x[j] > peak ? x[j] : peak;
         const float e = exp2((x[j] - shift) * k);
         rest += e;
         if constexpr (kHard == Hard::kOwn) {
@@ -33,7 +37,7 @@ FASTKD_TILE_LOOP inline RestSums rest_sums(const float* x, int n, float shift, f
             hard += integer_power<static_cast<int>(kHard)>(e);
         }
     }
-    return {rest, hard};
+    return {rest, hard, peak};
 }
 
 // dz may be z.
@@ -76,6 +80,7 @@ class RestRow {
     void rest() {
         z_y_ = p_.labels ? kNaN : -kInfinity;
         if (label_ >= 0) z_y_ = *load_tile(z_row_, p_.z.dtype, label_, 1, z_tile_);
+        const float near = kNearPeak * (p_.temperature < 1.0f ? p_.temperature : 1.0f);
         double sum_z = 0.0;
         float peak = -kInfinity, special_peak = -kInfinity;
         for_tiles(n_, [&](int64_t at, int n) {
@@ -92,11 +97,15 @@ class RestRow {
                 }
                 x = x_tile_;
             }
-            peaks_[i] = max_of(x, n);
-            peak = max(peaks_[i], peak);
+            peaks_[i] = i > 0 && peaks_[i - 1] > -kInfinity ? peaks_[i - 1] : max_of(x, n);
             with_hard<true>(hard_mode_, [&](auto hard) {
-                const RestSums sums = rest_sums<hard.value>(x, n, shift_of(peaks_[i]), scale_);
+                RestSums sums = rest_sums<hard.value>(x, n, shift_of(peaks_[i]), scale_);
+                if (!(abs(sums.peak - peaks_[i]) <= near)) {
+                    peaks_[i] = sums.peak;
+                    sums = rest_sums<hard.value>(x, n, shift_of(peaks_[i]), scale_);
+                }
                 rests_[i] = sums.rest, hards_[i] = sums.hard;
+                peak = max(sums.peak, peak);
             });
         });
         const float c = label_is_apart_ ? max(z_y_, peak) : peak, z_peak = max(special_peak, max(z_y_, peak));

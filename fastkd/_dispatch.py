@@ -31,6 +31,36 @@ class Backend(Protocol):
     def kd_grad(self, rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
         """The last stage alone; ``grad`` as there."""
 
+    def rest_rows(self, rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
+        """What a sparse teacher, who lists a few columns of a row, needs of all the others; no teacher is read.
+
+        ``listed`` [N, K] int32, contiguous: columns in [0, vocab_size), distinct in a row, and −1 for none. With c the
+        largest of the columns that are not listed, given as stats[PEAK_TEACHER],
+
+            rest [N] = log Σ exp((z_j − c)/T) over the columns j that are not listed
+
+        which is −inf, and c 0, if all are listed or −inf. ``hard`` is what ``kd_rows`` gives, and so are PEAK_STUDENT
+        and LOG_HARD; what else of ``stats`` is filled is between this and ``rest_grad``. ``rows.soft_scale`` says which
+        rows count, and nothing else. Of ``spec`` the formula and its numbers are not read.
+
+        A backend may lack these two: the automatic choice then goes on.
+        """
+
+    def rest_grad(
+        self, rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor
+    ) -> None:
+        """The gradient, from statistics that ``rest_rows`` gave for these rows; ``grad`` as for ``kd_rows``.
+
+        ``outcome_grad`` [N, K + 1], contiguous, in the losses' dtype, weights included: by z/T at the listed columns,
+        and by ``c/T + rest``. So, rounded once,
+
+            dz_i = hard part + outcome_grad_i/T                                     at the listed columns
+            dz_j = hard part + outcome_grad_K/T·exp((z_j − c)/T − rest)             at the others; 0 if rest is −inf
+
+        where the hard part is that of ``kd_rows`` and of a z-loss. A row of which no scale counts is not read and gets
+        0, whatever its outcome_grad; so do columns past vocab_size.
+        """
+
     def scale_(self, grad: Tensor, scalar: Tensor) -> None:
         """``grad *= scalar``, which is 0-d and is read on the device; nothing is written if it is 1."""
 

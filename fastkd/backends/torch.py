@@ -10,17 +10,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastkd._request import LOG_HARD, PEAK_STUDENT, Formula, HiddenKind, Mix, Rows, RowSpec
+from fastkd._request import LOG_HARD, PEAK_STUDENT, PEAK_TEACHER, Formula, HiddenKind, Mix, Rows, RowSpec
 
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
 LOG2_E = math.log2(math.e)
 # Below this a divergence is summed again from terms that are small themselves: plain ones are off by some 1e-7.
 NEAR = 0.05
+# (which rows, their tensors, z [R, n], its peak [R, 1], exp((z − peak)/T)) to (soft [R], its gradient [R, n] if wanted)
+SoftTerm: TypeAlias = Callable[[slice, Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 # glibc gives freed blocks back to the system above twice the size of the largest mapped block freed so far, by default
 # 256 KB: every chunk would fault its temporaries in again, which trebles the time. Freeing 16 MB once raises that.
@@ -37,6 +40,14 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
     """``stats`` hold what a z-loss needs, and else 0: the gradient of this backend starts again from the logits."""
+    want_grad = grad is not None
+    _walk(rows, spec, hard, soft, stats, grad, lambda at, chunk, *exps: _soft_term(spec, chunk, *exps, want_grad))
+
+
+def _walk(
+    rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None, soft_term: SoftTerm
+) -> None:
+    """Chunk by chunk: the soft term, and what every row operation adds to it."""
     stats.zero_()
     dead = _dead_rows(rows)
     for at, chunk, out in _chunks(rows, spec.vocab_size, grad):
@@ -46,7 +57,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
         exps = _exps(z, peak, temperature)
         dz = None
         if chunk.soft_scale is not None:
-            soft[at], dz = _soft_term(spec, chunk, z, peak, exps, out is not None)
+            soft[at], dz = soft_term(at, chunk, z, peak, exps)
         if chunk.hard_scale is not None or chunk.z_scale is not None:
             exps = _untempered(exps, z, peak, temperature)
         if chunk.z_scale is not None:
@@ -68,6 +79,28 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     hard, soft = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
     kd_rows(rows, spec, hard, soft, torch.empty_like(stats), grad)
+
+
+def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
+    def soft_term(at: slice, chunk: Rows, z: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        _, peak, total = _unlisted(z, listed[at], spec.temperature)
+        stats[at, PEAK_TEACHER] = peak.squeeze(1)
+        return total.log().squeeze(1), None
+
+    _walk(rows, spec, hard, rest, stats, None, soft_term)
+
+
+def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
+    def soft_term(at: slice, chunk: Rows, z: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        exps, _, total = _unlisted(z, listed[at], spec.temperature)
+        of_outcome = outcome_grad[at] / spec.temperature
+        dz = exps.mul_((of_outcome[:, -1:] / total).masked_fill_(total == 0, 0.0))
+        some = listed[at]
+        dz.scatter_add_(1, some.long().clamp(min=0), of_outcome[:, :-1].masked_fill(some < 0, 0.0))
+        return total.squeeze(1), dz
+
+    hard, rest = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
+    _walk(rows, spec, hard, rest, torch.empty_like(stats), grad, soft_term)
 
 
 def scale_(grad: Tensor, scalar: Tensor) -> None:
@@ -143,6 +176,19 @@ _HIDDEN: dict[HiddenKind, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tenso
     HiddenKind.MSE: _mean_square,
     HiddenKind.COSINE: _cosine,
 }
+
+
+def _unlisted(z: Tensor, listed: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """exp((z − peak)/T) [R, n] of the columns that are not listed, 0 at those that are; their peak and sum [R, 1]."""
+    columns = z.shape[1]
+    is_listed = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)
+    index = listed.long()
+    is_listed.scatter_(1, torch.where(index < 0, columns, index), True)
+    u = z.masked_fill(is_listed[:, :-1], -math.inf)
+    peak = u.amax(-1, keepdim=True)
+    peak = peak.masked_fill_(peak == -math.inf, 0.0)
+    exps = _exps(u, peak, temperature)
+    return exps, peak, exps.sum(-1, keepdim=True)
 
 
 def _soft_term(

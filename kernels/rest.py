@@ -25,6 +25,7 @@ from fastkd.kernels.config import (
     device_of,
     gpu_of,
     launch_options,
+    list_options,
     row_strides,
     slices_of,
 )
@@ -75,7 +76,10 @@ def list_kernel(
     tl.atomic_or(words_ptr, 1 << (bit % 32), mask=is_column, sem="relaxed")
 
 
-@triton.jit(**FREE)
+@triton.jit(
+    do_not_specialize=["n", "slices"],
+    do_not_specialize_on_alignment=FREE["do_not_specialize_on_alignment"],
+)
 def rest_kernel(
     y_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, hard_ptr, soft_ptr, stats_ptr, states_ptr,
     n, slices, temperature, smoothing, SMOOTH: tl.constexpr, MAX: tl.constexpr,
@@ -187,7 +191,7 @@ def rest_rows(rows: Rows, spec: RowSpec, listed, hard, rest, stats) -> None:
         bits = torch.zeros(outer, inner, words, dtype=torch.int32, device=z.device)
         list_kernel[(count,)](
             listed, bits, inner, *row_strides(z), n, listed.shape[1], words,
-            **listed_options(listed), BLOCK=block, **tiles,
+            BLOCK=block, **list_options(listed.shape[1]), **tiles,
         )  # fmt: skip
         bits = bits.view(BITS[VECTORS_PER_THREAD * tiles["VEC"]])
         states = torch.empty(count, slices, STATE.value, device=z.device)
@@ -197,7 +201,7 @@ def rest_rows(rows: Rows, spec: RowSpec, listed, hard, rest, stats) -> None:
         )  # fmt: skip
         rest_kernel[(count,)](
             y, *scales, hard, rest, stats, states, n, slices, spec.temperature, spec.label_smoothing,
-            SMOOTH=hard_kind["SMOOTH"], MAX=MAX_SLICES, num_warps=1,
+            SMOOTH=hard_kind["SMOOTH"], MAX=MAX_SLICES, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -217,9 +221,3 @@ def rest_grad(rows: Rows, spec: RowSpec, listed, outcome_grad, stats, grad) -> N
             spec.vocab_size, columns, width, listed.shape[1], spec.temperature, spec.label_smoothing,
             **hard_kind_of(spec), LISTED=triton.next_power_of_2(listed.shape[1]), **tiles, **options,
         )  # fmt: skip
-
-
-def listed_options(listed: torch.Tensor) -> dict[str, int]:
-    """Of the kernel that writes a row's bits: a column a thread, up to 8 warps."""
-    size = triton.next_power_of_2(listed.shape[1])
-    return {"LISTED": size, "num_warps": min(8, max(1, size // 32))}

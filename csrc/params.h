@@ -47,6 +47,14 @@ struct KDRowsParams {
     }
 };
 
+// The columns of a row that a sparse teacher lists.
+struct Listed {
+    const int32_t* columns = nullptr;     // [N, count]; −1: none
+    const float* outcome_grad = nullptr;  // [N, count + 1]: by z/T of these, and by the log Σ exp of all the others
+    float* scratch = nullptr;             // [N, count], beside outcome_grad
+    int64_t count = 0;
+};
+
 // Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak and (z − peak)/T;
 // that of (u − peak)/T less the latter; G; 1 − p_y; the form of g. Those of an absent term are 0.
 enum Stats : int {

@@ -10,15 +10,18 @@ using namespace fastkd;
 
 Queue queue(int device, uintptr_t stream) { return {device, reinterpret_cast<cudaStream_t>(stream)}; }
 
+// Given ``listed``, rest_rows or rest_grad.
 std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
                     uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t soft,
                     uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n, int64_t columns, float temperature,
-                    int formula, float c_t, float c_s, float w, float smoothing, bool from_stats, int device,
-                    uintptr_t stream) {
+                    int formula, float c_t, float c_s, float w, float smoothing, bool from_stats, uintptr_t listed,
+                    uintptr_t outcome_grad, uintptr_t scratch, int64_t count, int device, uintptr_t stream) {
     const KDRowsParams p =
         kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows, n,
                        columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     const Queue on = queue(device, stream);
+    const Listed lists{pointer<const int32_t>(listed), pointer<const float>(outcome_grad), pointer<float>(scratch), count};
+    if (listed) return launch_rest(p, lists, on);
     const DType kernel = p.common_dtype();
     return kernel == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
            : kernel == DType::kFloat16 ? launch_kd_rows<float16>(p, on)

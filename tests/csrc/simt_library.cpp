@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda under the shim, with C entry points. SIMT_FEW leaves most instantiations out.
 #include "cuda/kd_rows.cuh"
 #include "cuda/log_softmax.cuh"
+#include "cuda/rest.cuh"
 #include "cuda/scale.cuh"
 
 using namespace fastkd;
@@ -67,6 +68,16 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, const Order* order) {
         } else {
             run(NoSoftTerm{}, std::false_type{});
         }
+    });
+}
+
+extern "C" void simt_rest(const KDRowsParams* p, const Listed* listed, const Order* order) {
+    with_type(p->common_dtype(), [&](auto element) {
+        using T = decltype(element);
+        KDRowsParams params = *p;
+        RowGrid rows = prepare_rows(params, NoSoftTerm{});
+        const auto kernel = p->from_stats ? rest_grad_kernel<T> : rest_rows_kernel<T>;
+        launch(*order, static_cast<int>(p->rows), max_vectors<T>(p->n), 1, kernel, kernel, rows.share, rows, params, *listed);
     });
 }
 

@@ -20,8 +20,10 @@ std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz,
         kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows, n,
                        columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     const Queue on = queue(device, stream);
-    const Listed lists{pointer<const int32_t>(listed), pointer<const float>(outcome_grad), pointer<float>(scratch), count};
-    if (listed) return launch_rest(p, lists, on);
+    if (listed) {
+        const auto* columns = pointer<const int32_t>(listed);
+        return launch_rest(p, {columns, pointer<const float>(outcome_grad), pointer<float>(scratch), count}, on);
+    }
     const DType kernel = p.common_dtype();
     return kernel == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
            : kernel == DType::kFloat16 ? launch_kd_rows<float16>(p, on)

@@ -1,15 +1,15 @@
 // What a sparse teacher, who lists K columns of a row, needs of the others: their sum, and the gradient.
 //
-// Math    c = max z_j, rest = log Σ exp((z_j − c)/T) over the columns j that are not listed; the hard term and the z-loss
-//         are those of kd_rows.cuh without a soft term. With g of the K + 1 outcomes, dz is the hard part and, at a listed
-//         column, g_i/T, at the others g_K/T·exp((z_j − c)/T − rest).
+// Math    c = max z_j, rest = log Σ exp((z_j − c)/T) over the columns j that are not listed; the hard term and the
+//         z-loss are those of kd_rows.cuh without a soft term. With g of the K + 1 outcomes, dz is the hard part and, at
+//         a listed column, g_i/T, at the others g_K/T·exp((z_j − c)/T − rest).
 // Shapes  z, dz [B, S, columns], each its own, last stride 1; listed [N, K] int32, −1 for none; g [N, K + 1]; labels,
 //         scales, losses and stats as in kd_rows, with kLogRatio = rest
 // Bytes   an element, e bytes wide: rest e, gradient 2e, the floor; scratch memory [N, K]
 // Grid    a block of up to 256 threads a row, which its threads walk over side by side
-// Listing A walk cannot compare its columns with K numbers each. Before each stretch of it, 32 columns a thread, the listed
-//         ones among these are marked, in a word of its own for each thread, so that the walk reads no shared memory. The
-//         gradient needs no marks: all columns are written as if they were not listed, then the K once more.
+// Listing A walk cannot compare its columns with K numbers each. Before each stretch of it, 32 columns a thread, those
+//         listed among these are marked, in a word of its own for each thread, so that the walk reads no shared memory.
+//         The gradient needs no marks: all columns are written as if they were not listed, then the K once more.
 #pragma once
 
 #include "kd_rows.cuh"
@@ -140,8 +140,12 @@ struct RestRow {
         const bool is_empty = row.log_ratio == -kInfinity;
         const float of_rest = is_empty ? 0.0f : outcome_grad[listed.count] * inv_t *
                                                     exp2(rounding_of(row.u_peak, k) - row.log_ratio * kLog2E);
-        const auto of_softmax = [&](float z) { return fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even); };
-        const auto unlisted = [&](float z, float hard_part) { return fma(of_rest, exp2(fma(z, k, -origin)), hard_part); };
+        const auto of_softmax = [&](float z) {
+            return fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even);
+        };
+        const auto unlisted = [&](float z, float hard_part) {
+            return fma(of_rest, exp2(fma(z, k, -origin)), hard_part);
+        };
         const Sink<T> dz_row{p.dz.data + place.dz, hard.dtype_of(p.dz), static_cast<int>(p.n)};
 
         // The listed columns, before the logits may be written over.

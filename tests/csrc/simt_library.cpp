@@ -77,7 +77,8 @@ extern "C" void simt_rest(const KDRowsParams* p, const Listed* listed, const Ord
         KDRowsParams params = *p;
         RowGrid rows = prepare_rows(params, NoSoftTerm{});
         const auto kernel = p->from_stats ? rest_grad_kernel<T> : rest_rows_kernel<T>;
-        launch(*order, static_cast<int>(p->rows), max_vectors<T>(p->n), 1, kernel, kernel, rows.share, rows, params, *listed);
+        const int clusters = static_cast<int>(p->rows);
+        launch(*order, clusters, max_vectors<T>(p->n), 1, kernel, kernel, rows.share, rows, params, *listed);
     });
 }
 

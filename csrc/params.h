@@ -47,12 +47,11 @@ struct KDRowsParams {
     }
 };
 
-// The columns of a row that a sparse teacher lists.
-struct Listed {
-    const int32_t* columns = nullptr;     // [N, count]; −1: none
-    const float* outcome_grad = nullptr;  // [N, count + 1]: by z/T of these, and by the log Σ exp of all the others
-    float* scratch = nullptr;             // [N, count], beside outcome_grad
-    int64_t count = 0;
+// Of a row of which a teacher lists K columns: what there is to know of the others, which is `soft`; or their gradient.
+struct RestParams : KDRowsParams {
+    const int32_t* listed = nullptr;      // [N, k] columns, distinct in a row; −1 for none
+    int64_t k = 0;
+    const float* outcome_grad = nullptr;  // [N, k + 1], the last of the others
 };
 
 // Columns of the statistics, as in fastkd/_request.py: the peaks of z and u; log Σ exp of z − peak and (z − peak)/T;

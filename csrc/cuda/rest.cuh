@@ -1,8 +1,8 @@
 // What a sparse teacher, who lists K columns of a row, needs of the others: their sum, and the gradient.
 //
 // Math    c = max z_j, rest = log Σ exp((z_j − c)/T) over the columns j that are not listed; the hard term and the
-//         z-loss are those of kd_rows.cuh without a soft term. With g of the K + 1 outcomes, dz is the hard part and, at
-//         a listed column, g_i/T, at the others g_K/T·exp((z_j − c)/T − rest).
+//         z-loss are those of kd_rows.cuh without a soft term. With g of the K + 1 outcomes, dz is the hard part and,
+//         at a listed column, g_i/T, at the others g_K/T·exp((z_j − c)/T − rest).
 // Shapes  z, dz [B, S, columns], each its own, last stride 1; listed [N, K] int32, −1 for none; g [N, K + 1]; labels,
 //         scales, losses and stats as in kd_rows, with kLogRatio = rest
 // Bytes   an element, e bytes wide: rest e, gradient 2e, the floor; scratch memory [N, K]
@@ -29,20 +29,21 @@ struct RestRow {
     using Reader = typename Hard::Reader;
 
     Hard hard;
-    const Listed& listed;
-    float k;  // log2(e)/T
+    const RestParams& p;
+    int listed;  // of a row
+    float k;     // log2(e)/T
 
-    FASTKD_D RestRow(const KDRowsParams& p, const Listed& listed, const RowGrid& grid)
-        : hard(p, NoSoftTerm{}, grid), listed(listed), k(kLog2E / p.temperature) {}
+    FASTKD_D RestRow(const RestParams& p, const RowGrid& grid)
+        : hard(p, NoSoftTerm{}, grid), p(p), listed(static_cast<int>(p.k)), k(kLog2E / p.temperature) {}
 
     FASTKD_D Task fetch() const {
         Task task = hard.fetch(block_rank());
-        task.counts = task.counts || hard.p.soft_scale[task.row] != 0.0f;
+        task.counts = task.counts || p.soft_scale[task.row] != 0.0f;
         return task;
     }
 
     FASTKD_D const int32_t* columns(const Task& task) const {
-        return listed.columns + static_cast<int64_t>(task.row) * listed.count;
+        return p.listed + static_cast<int64_t>(task.row) * listed;
     }
 
     // Marks what is listed of the stretch that begins at slot ``begin``, and takes the thread's own marks.
@@ -50,7 +51,7 @@ struct RestRow {
         const int32_t* const columns = this->columns(task);
         marks[thread_rank()] = 0;
         block_barrier();
-        for (int i = thread_rank(); i < listed.count; i += block_threads()) {
+        for (int i = thread_rank(); i < listed; i += block_threads()) {
             const int column = columns[i], slot = reader.slot_of(column) - begin;
             if (column < 0 || slot < 0 || slot >= kTurns * block_threads()) continue;
             const int turn = static_cast<unsigned>(slot) / block_threads();
@@ -125,20 +126,20 @@ struct RestRow {
         row.u_peak = shift_of(state.u_peak);
         row.log_ratio = (log2f(state.t) + rounding_of(row.u_peak, k)) * kLn2;
         hard.write(row, task.row);
-        hard.p.soft[task.row] = row.log_ratio;
+        p.soft[task.row] = row.log_ratio;
     }
 
     // Stage 3, from what write() left.
-    FASTKD_D void gradient(const Reader& reader, const Task& task, const Place& place, const RowNumbers& row) const {
-        const KDRowsParams& p = hard.p;
+    FASTKD_D void gradient(const Reader& reader, const Task& task, const Place& place, const RowNumbers& row,
+                           float* scratch) const {
         const float inv_t = 1.0f / p.temperature;
         const int32_t* const columns = this->columns(task);
-        const float* const outcome_grad = listed.outcome_grad + static_cast<int64_t>(task.row) * (listed.count + 1);
-        float* const of_listed = listed.scratch + static_cast<int64_t>(task.row) * listed.count;
+        const float* const outcome_grad = p.outcome_grad + static_cast<int64_t>(task.row) * (listed + 1);
+        float* const of_listed = scratch + static_cast<int64_t>(task.row) * listed;
         const float origin = origin_of(row.u_peak, k), hard_origin = origin_of(row.z_peak, kLog2E);
         const float even = task.hard_scale * hard.uniform();
         const bool is_empty = row.log_ratio == -kInfinity;
-        const float of_rest = is_empty ? 0.0f : outcome_grad[listed.count] * inv_t *
+        const float of_rest = is_empty ? 0.0f : outcome_grad[listed] * inv_t *
                                                     exp2(rounding_of(row.u_peak, k) - row.log_ratio * kLog2E);
         const auto of_softmax = [&](float z) {
             return fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even);
@@ -149,7 +150,7 @@ struct RestRow {
         const Sink<T> dz_row{p.dz.data + place.dz, hard.dtype_of(p.dz), static_cast<int>(p.n)};
 
         // The listed columns, before the logits may be written over.
-        for (int i = thread_rank(); i < listed.count; i += block_threads()) {
+        for (int i = thread_rank(); i < listed; i += block_threads()) {
             if (columns[i] < 0) continue;
             const float hard_part = columns[i] == task.label ? row.label_hard : of_softmax(reader.x[columns[i]]);
             of_listed[i] = fma(outcome_grad[i], inv_t, hard_part);
@@ -170,17 +171,17 @@ struct RestRow {
             dz_row.store(reader.column(slot), dz);
         });
         block_barrier();
-        for (int i = thread_rank(); i < listed.count; i += block_threads()) {
+        for (int i = thread_rank(); i < listed; i += block_threads()) {
             if (columns[i] >= 0) dz_row.store_column(columns[i], of_listed[i]);
         }
     }
 };
 
 template <class T>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_rows_kernel(const KDRowsParams p, const Listed listed, const RowGrid grid) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_rows_kernel(const RestParams p, const RowGrid grid) {
     FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(ThreadWords, marks);
-    const RestRow<T> kernel(p, listed, grid);
+    const RestRow<T> kernel(p, grid);
     const Task task = kernel.fetch();
     if (!task.counts) {
         if (thread_rank() == 0) p.hard[task.row] = p.soft[task.row] = 0.0f;
@@ -193,9 +194,9 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_rows_kernel(const KDRowsParams p, const
 }
 
 template <class T>
-FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_grad_kernel(const KDRowsParams p, const Listed listed, const RowGrid grid) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_grad_kernel(const RestParams p, float* scratch, const RowGrid grid) {
     FASTKD_SHARED(RowNumbers, numbers);
-    RestRow<T> kernel(p, listed, grid);
+    RestRow<T> kernel(p, grid);
     const Task task = kernel.fetch();
     const Place place = kernel.hard.place(task.row);
     kernel.hard.clear(place, task.counts ? p.n : 0);
@@ -205,7 +206,7 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_grad_kernel(const KDRowsParams p, const
         kernel.hard.fold(numbers, task);
     }
     block_barrier();
-    kernel.gradient(kernel.hard.open(place), task, place, numbers);
+    kernel.gradient(kernel.hard.open(place), task, place, numbers, scratch);
 }
 
 }  // namespace fastkd

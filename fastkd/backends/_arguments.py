@@ -22,10 +22,6 @@ def matrix(tensor: Tensor | None) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), outer, inner, DTYPES[tensor.dtype]
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def kd_rows(
     rows: Rows,
     spec: RowSpec,
@@ -38,7 +34,7 @@ def kd_rows(
     student, teacher, *of_rows = rows
     temperature, formula, c_t, c_s, w, smoothing, n = spec
     outer, inner, columns = student.shape
-    vectors = map(address, (*of_rows, hard, soft))
+    vectors = (0 if tensor is None else tensor.data_ptr() for tensor in (*of_rows, hard, soft))
     return (
         matrix(student), matrix(teacher), matrix(grad), *vectors, stats.data_ptr(), outer * inner, inner, n, columns,
         temperature, formula, c_t, c_s, w, smoothing, hard is None,

@@ -52,19 +52,23 @@ def _unsupported_device(device: torch.device) -> str | None:
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
-    _kd_rows(rows, spec, hard, soft, stats, grad)
+    _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, hard, soft, stats, grad))
 
 
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
-    _kd_rows(rows, spec, None, None, stats, grad)
+    _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, None, None, stats, grad))
 
 
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
-    _kd_rows(rows, spec, hard, rest, stats, None, listed)
+    arguments = _arguments.kd_rows(rows, spec, hard, rest, stats, None)
+    _call(_cuda.rest_rows, rows.student, *arguments, listed.data_ptr(), listed.shape[1], 0, 0)
 
 
 def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
-    _kd_rows(rows, spec, None, None, stats, grad, listed, outcome_grad)
+    arguments = _arguments.kd_rows(rows, spec, None, None, stats, grad)
+    scratch = torch.empty_like(outcome_grad)
+    of_outcomes = listed.data_ptr(), listed.shape[1], outcome_grad.data_ptr(), scratch.data_ptr()
+    _call(_cuda.rest_rows, rows.student, *arguments, *of_outcomes)
 
 
 def scale_(grad: Tensor, scalar: Tensor) -> None:
@@ -79,21 +83,6 @@ def log_softmax(logits: Tensor, out: Tensor, lse: Tensor, temperature: float) ->
 
 def log_softmax_backward(grad: Tensor, logits: Tensor, lse: Tensor, out: Tensor, temperature: float) -> None:
     _call(_cuda.log_softmax, logits, *_arguments.log_softmax(logits, out, grad, lse, temperature))
-
-
-def _kd_rows(
-    rows: Rows,
-    spec: RowSpec,
-    hard: Tensor | None,
-    soft: Tensor | None,
-    stats: Tensor,
-    grad: Tensor | None,
-    listed: Tensor | None = None,
-    outcome_grad: Tensor | None = None,
-) -> None:
-    scratch = None if outcome_grad is None else torch.empty_like(outcome_grad)
-    lists = (*map(_arguments.address, (listed, outcome_grad, scratch)), 0 if listed is None else listed.shape[1])
-    _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, hard, soft, stats, grad), *lists)
 
 
 def _call(function: Any, logits: Tensor, *arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every backend that has it on what a sparse teacher needs of a row: the columns not listed, and their gradient.
+"""Every backend that has it on the rest of a row, the columns that a sparse teacher does not list, and on its gradient.
 
 The reference is by hand in float64: the row operation of fastkd._dispatch.Backend, from its definition.
 """

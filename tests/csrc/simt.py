@@ -39,10 +39,12 @@ class KDRowsParams(ctypes.Structure):
     ]
 
 
-class Listed(ctypes.Structure):
+class RestParams(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("columns", "outcome_grad", "scratch")),
-        ("count", ctypes.c_int64),
+        ("rows", KDRowsParams),
+        ("listed", ctypes.c_void_p),
+        ("k", ctypes.c_int64),
+        ("outcome_grad", ctypes.c_void_p),
     ]
 
 
@@ -121,9 +123,13 @@ class Simt:
     ) -> None:
         """``outputs`` as there, ``soft`` being the rest; the gradient from ``outcome_grad`` and stats."""
         scratch = None if outcome_grad is None else torch.empty_like(outcome_grad)
-        lists = Listed(*map(pointer, (listed, outcome_grad, scratch)), listed.shape[1])
-        params = kd_rows_params(rows, spec, outputs)
-        self.library.simt_rest(ctypes.byref(params), ctypes.byref(lists), order(Grid(1, False, threads), seed))
+        params = RestParams(
+            rows=kd_rows_params(rows, spec, outputs), listed=pointer(listed), k=listed.shape[1],
+            outcome_grad=pointer(outcome_grad),
+        )  # fmt: skip
+        self.library.simt_rest(
+            ctypes.byref(params), ctypes.c_void_p(pointer(scratch)), order(Grid(1, False, threads), seed)
+        )
 
     def log_softmax(
         self,

@@ -71,14 +71,16 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, const Order* order) {
     });
 }
 
-extern "C" void simt_rest(const KDRowsParams* p, const Listed* listed, const Order* order) {
+extern "C" void simt_rest(const RestParams* p, float* scratch, const Order* order) {
     with_type(p->common_dtype(), [&](auto element) {
         using T = decltype(element);
-        KDRowsParams params = *p;
+        RestParams params = *p;
         RowGrid rows = prepare_rows(params, NoSoftTerm{});
-        const auto kernel = p->from_stats ? rest_grad_kernel<T> : rest_rows_kernel<T>;
-        const int clusters = static_cast<int>(p->rows);
-        launch(*order, clusters, max_vectors<T>(p->n), 1, kernel, kernel, rows.share, rows, params, *listed);
+        const auto run = [&](auto kernel, auto... arguments) {
+            const int clusters = static_cast<int>(p->rows);
+            launch(*order, clusters, max_vectors<T>(p->n), 1, kernel, kernel, rows.share, rows, params, arguments...);
+        };
+        p->from_stats ? run(rest_grad_kernel<T>, scratch) : run(rest_rows_kernel<T>);
     });
 }
 

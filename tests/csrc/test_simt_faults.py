@@ -20,7 +20,7 @@ ROW, EXCHANGE, READER, VECTORS = "cuda/kd_rows.cuh", "cuda/reduce.cuh", "cuda/re
 REST = "cuda/rest.cuh"
 STAGE_1 = "            const RowState state"
 NORMALISE = "            publish(task, [&] { kernel.normalise"
-LISTED = "        for (int i = thread_rank(); i < listed.count; i += block_threads()) {\n"
+LISTED = "        for (int i = thread_rank(); i < listed; i += block_threads()) {\n"
 LAST = "            if (columns[i] >= 0) dz_row"
 NOT_FINITE, OTHER, ORDER, GAP = "not finite", "other results", "the order matters", "a gap between rows was written"
 

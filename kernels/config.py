@@ -102,6 +102,12 @@ def hidden_options(gpu: Gpu, columns: int) -> dict[str, Any]:
     return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
 
 
+def list_options(listed: int) -> dict[str, Any]:
+    """LISTED and warps for lists of so many columns, a column a thread."""
+    size = triton.next_power_of_2(listed)
+    return {"LISTED": size, "num_warps": min(8, max(1, size // 32)), "enable_fp_fusion": True}
+
+
 def programs_of(gpu: Gpu, rows: int, row_bytes: int, warps: int, least: float = LEAST_SHARE) -> int:
     """Programs that share the rows out, one row at a time each, so that what is in flight stays in the cache.
 

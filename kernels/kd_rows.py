@@ -46,10 +46,11 @@ from fastkd.kernels.divergence import (
     from_far_mixture,
     moment_rule,
 )
-from fastkd.kernels.lse import LN_2, LOG2_E, align, row_start, shift_of, slice_at
+from fastkd.kernels.lse import LN_2, LOG2_E, PER, align, row_start, shift_of, slice_at
 from fastkd.kernels.row_stages import (
     from_exact_sums,
     from_moment,
+    hard_factors,
     hard_loss,
     merged,
     slice_exact_sums,
@@ -149,11 +150,7 @@ def gradient(
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Stage 3 in the row's form of g."""
-    label_grad = hard_scale * (smoothing - rest)
-    smooth_grad = hard_scale * (smoothing / n)
-    z_grad = tl.where(z_scale != 0.0, 2.0 * z_scale * (z_shift + log_h), 0.0)  # of softmax(z), at the label too
-    label_grad += z_grad * (1.0 - rest)
-    hard_scale += z_grad
+    hard_scale, label_grad, smooth_grad = hard_factors(hard_scale, z_scale, z_shift, log_h, rest, smoothing, n)
     TWO_FORMS: tl.constexpr = SOFT and (MIX != MIX_TEACHER or FORMULA == TOTAL_VARIATION)
     is_near = False
     if TWO_FORMS:
@@ -271,7 +268,7 @@ def slice_state_kernel(
     FORMULA: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 1 of a slice: its state [N, slices, STATE]."""
+    """Stage 1 of a slice: its state [N, slices, STATE]. ``u_ptr`` may be to bits that list columns."""
     LABELS: tl.constexpr = y_ptr is not None
     HARD: tl.constexpr = LABELS or z_scale_ptr is not None
     SOFT: tl.constexpr = u_ptr is not None
@@ -290,7 +287,10 @@ def slice_state_kernel(
         z_y, anchor = label_logit(z_ptr, label, head)
     start, head, length, label = slice_at(part, width, head, n + head, label)
     if SOFT:
-        u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start
+        if u_ptr.dtype.element_ty.is_int():
+            u_ptr += row_start(row, inner_rows, u_outer, u_inner) + start // (PER * VEC)
+        else:
+            u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start
     z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
         z_ptr + start, u_ptr, head, length, label, k, anchor,
         FORMULA, MOMENT, POWER, SMOOTH, HARD, SOFT, BLOCK, VEC, PEEL,
@@ -463,6 +463,12 @@ def slice_gradient_kernel(
             zero_columns(dz_ptr + head, n, columns, BLOCK)
 
 
+def hard_kind_of(spec: RowSpec) -> dict[str, int | bool]:
+    """exp(x) = exp(x/T)^T saves an exponential a column at small integer T."""
+    power = int(spec.temperature) if spec.temperature in (1.0, 2.0, 3.0, 4.0) else 0
+    return {"POWER": power, "SMOOTH": spec.label_smoothing > 0}
+
+
 def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     """Losses and statistics, and the gradient if ``grad`` is given, whose dtype is its own; without ``hard`` the
     gradient from statistics."""
@@ -478,9 +484,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
         "FORMULA": int(spec.formula), "MIX": int(mix), "BALANCED": spec.c_s * spec.w == spec.c_t * (1.0 - spec.w),
         "MOMENT": moment_rule(spec.formula, mix), "FAST_LOG": gpu.is_nvidia,
     }  # fmt: skip
-    # exp(x) = exp(x/T)^T saves an exponential a column at small integer T.
-    power = int(spec.temperature) if spec.temperature in (1.0, 2.0, 3.0, 4.0) else 0
-    hard_kind = {"POWER": power, "SMOOTH": spec.label_smoothing > 0}
+    hard_kind = hard_kind_of(spec)
     weights = (spec.c_t, spec.c_s, spec.w)
     inputs = (inner, *row_strides(z), *row_strides(u))
     with device_of(z):

@@ -143,6 +143,23 @@ def load_tile(
 
 
 @triton.jit
+def listed_bit(column, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Where among the bits of a row that lists columns the one of ``column``, from the start of the walk, is: each lane
+    of a tile has the PER·VEC of its columns side by side, as one number to load."""
+    LANES: tl.constexpr = BLOCK // VEC // PER
+    vector = column % BLOCK // VEC
+    return (column // BLOCK * LANES + vector % LANES) * (PER * VEC) + vector // LANES * VEC + column % VEC
+
+
+@triton.jit
+def listed_tile(ptr, tile, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Which columns of a tile are listed by the bits at ``ptr``, a pointer to the numbers of lanes."""
+    LANES: tl.constexpr = BLOCK // VEC // PER
+    bits = tl.load(ptr + tile // (PER * VEC) + tl.arange(0, LANES)).to(tl.int32)[None, :, None]
+    return (bits >> (tl.arange(0, PER)[:, None, None] * VEC + tl.arange(0, VEC)[None, None, :])) & 1 != 0
+
+
+@triton.jit
 def store_tile(ptr, tile, head, length, x, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
     ptrs = ptr + tile + columns_of(BLOCK, VEC)
     x = x.to(ptr.dtype.element_ty)

@@ -38,6 +38,7 @@ from fastkd.kernels.lse import (
     columns_of,
     inside,
     lane_sum,
+    listed_tile,
     load_tile,
     new_peak,
     of_lanes,
@@ -60,7 +61,7 @@ def slice_state(
     FORMULA: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr,
     HARD: tl.constexpr, SOFT: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 1: a state a lane."""
+    """Stage 1: a state a lane. ``u_ptr`` may be to bits that list columns: then u is z without these."""
     z_peak = of_lanes(-float("inf"), BLOCK, VEC)
     u_peak = of_lanes(-float("inf"), BLOCK, VEC)
     sum_h = of_lanes(0.0, BLOCK, VEC)
@@ -76,7 +77,10 @@ def slice_state(
             tile = tile_at(i, first, end, length, apart, BLOCK, PEEL, masked, False)
             z = load_tile(z_ptr, tile, head, length, BLOCK, VEC, masked, KEEP)
             if SOFT:
-                u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked, KEEP)
+                if u_ptr.dtype.element_ty.is_int():
+                    u = tl.where(listed_tile(u_ptr, tile, BLOCK, VEC), -float("inf"), z)
+                else:
+                    u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked, KEEP)
             old_z = z_peak
             z_peak, z_ref = new_peak(old_z, z)
             z_drop = old_z - z_ref
@@ -332,6 +336,14 @@ def rounded_normaliser(shift, log_sum, k):
 
 
 @triton.jit
+def hard_factors(hard_scale, z_scale, z_shift, log_h, rest, smoothing, n):
+    """Of the hard term and the z-loss: (the factor of softmax(z), the label's gradient, what smoothing takes off)."""
+    z_grad = tl.where(z_scale != 0.0, 2.0 * z_scale * (z_shift + log_h), 0.0)  # of softmax(z), at the label too
+    label_grad = hard_scale * (smoothing - rest) + z_grad * (1.0 - rest)
+    return hard_scale + z_grad, label_grad, hard_scale * (smoothing / n)
+
+
+@triton.jit
 def slice_gradient(
     z_ptr, u_ptr, dz_ptr, head, length, label, hard_scale, label_grad, smooth_grad, soft_scale,
     z_shift, u_shift, log_h, log_s, log_r, grad_sum, inv_t, c_t, c_s, w,
@@ -339,7 +351,10 @@ def slice_gradient(
     FAST_LOG: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 3, walking back. The scales are folded into the numbers; p_s has one, power_scale·p_s^(T−1) − scale·G."""
+    """Stage 3, walking back. The scales are folded into the numbers; p_s has one, power_scale·p_s^(T−1) − scale·G.
+
+    Without ``u_ptr`` u is z.
+    """
     k = inv_t * LOG2_E
     if SOFT:
         offset, shift = offset_and_shift(z_shift, u_shift, log_r, inv_t)
@@ -370,7 +385,10 @@ def slice_gradient(
                 is_label = columns_of(BLOCK, VEC) == label - tile
             dz = 0.0
             if SOFT:
-                u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
+                if u_ptr is None:
+                    u = z
+                else:
+                    u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
                 v = u - u_shift
                 if PRODUCTS:
                     p_s = tl.exp2(tl.fma(z, k, -s_at))

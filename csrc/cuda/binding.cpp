@@ -25,6 +25,22 @@ std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz,
                                        : launch_kd_rows<float>(p, on);
 }
 
+// ``scratch`` is of the outcomes' size, where there is a gradient.
+std::string rest_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
+                      uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t rest,
+                      uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n, int64_t columns,
+                      float temperature, int formula, float c_t, float c_s, float w, float smoothing, bool from_stats,
+                      uintptr_t listed, int64_t k, uintptr_t outcome_grad, uintptr_t scratch, int device,
+                      uintptr_t stream) {
+    RestParams p;
+    static_cast<KDRowsParams&>(p) =
+        kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, rest, stats, rows, inner_rows, n,
+                       columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
+    p.listed = pointer<const int32_t>(listed), p.k = k;
+    p.outcome_grad = pointer<const float>(outcome_grad);
+    return launch_rest(p, pointer<float>(scratch), queue(device, stream));
+}
+
 std::string log_softmax(const py::tuple& x, const py::tuple& out, const py::tuple& dy, uintptr_t lse, int64_t rows,
                         int64_t inner_rows, int64_t columns, float temperature, int device, uintptr_t stream) {
     return launch_log_softmax(log_softmax_params(x, out, dy, lse, rows, inner_rows, columns, temperature),
@@ -51,6 +67,7 @@ py::list plans_for(int major, int block_shared, int sm_shared, int reserved_shar
 
 PYBIND11_MODULE(_cuda, m) {
     m.def("kd_rows", &kd_rows);
+    m.def("rest_rows", &rest_rows);
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);
     m.def("supports_device", &supports_device);

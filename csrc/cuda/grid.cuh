@@ -42,6 +42,8 @@ FASTKD_D float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, l
 
 FASTKD_D void block_barrier() { __syncthreads(); }
 
+FASTKD_D void atomic_or(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
+
 // Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, and where no cluster was launched.
 FASTKD_D int cluster_rank() {
     unsigned rank = 0;

@@ -353,6 +353,10 @@ struct Sink {
         });
     }
 
+    FASTKD_D void store_column(int column, float value) const {
+        as_its_type({value}, [&](auto* row, const auto& columns) { row[column] = columns[0]; });
+    }
+
 private:
     template <class Visit>
     FASTKD_D void as_its_type(const float (&values)[kColumns], Visit&& visit) const {

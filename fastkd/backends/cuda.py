@@ -59,6 +59,18 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, None, None, stats, grad))
 
 
+def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
+    arguments = _arguments.kd_rows(rows, spec, hard, rest, stats, None)
+    _call(_cuda.rest_rows, rows.student, *arguments, listed.data_ptr(), listed.shape[1], 0, 0)
+
+
+def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
+    arguments = _arguments.kd_rows(rows, spec, None, None, stats, grad)
+    scratch = torch.empty_like(outcome_grad)
+    of_outcomes = listed.data_ptr(), listed.shape[1], outcome_grad.data_ptr(), scratch.data_ptr()
+    _call(_cuda.rest_rows, rows.student, *arguments, *of_outcomes)
+
+
 def scale_(grad: Tensor, scalar: Tensor) -> None:
     outer, inner, columns = grad.shape
     scalar = scalar.to(torch.float32)

@@ -40,6 +40,18 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     kernel.kd_rows(rows, spec, None, None, stats, grad)
 
 
+def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
+    from fastkd.kernels import rest as kernel
+
+    kernel.rest_rows(rows, spec, listed, hard, rest, stats)
+
+
+def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
+    from fastkd.kernels import rest as kernel
+
+    kernel.rest_grad(rows, spec, listed, outcome_grad, stats, grad)
+
+
 def scale_(grad: Tensor, scalar: Tensor) -> None:
     from fastkd.kernels import scale as kernel
 

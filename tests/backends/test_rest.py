@@ -146,6 +146,19 @@ def test_all_columns(chosen: Any, device: str) -> None:
     check(chosen, given)
 
 
+def test_one_row(chosen: Any, device: str) -> None:
+    """Which may be split; its parts hold labels, columns of −inf, and padding. Twice the same, to the bit."""
+    student = logits((1, 1), 10007, device)
+    student[..., 2000:6500] = -math.inf
+    given = rows, _, listed, outcome_grad = case(student, 200, smoothing=0.0, n=9001)
+    of_minus_inf = student.flatten()[listed.clamp(min=0).long()].isinf()
+    outcome_grad[:, :-1].masked_fill_(of_minus_inf, 0.0)
+    for label in (0, 9000, int(listed[0, 0])):
+        rows.student[0, 0, label] = 1.0
+        rows.labels[0] = label
+        assert torch.equal(check(chosen, given), check(chosen, given))
+
+
 def test_no_columns(chosen: Any, device: str) -> None:
     """Padding alone: the rest is all there is."""
     rows, spec, listed, outcome_grad = case(logits((1, 2), 300, device), 3)

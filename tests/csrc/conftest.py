@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.csrc.simt import Simt
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -15,3 +17,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "simt"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def simt(folder: Path) -> Simt:
+    return Simt(folder)

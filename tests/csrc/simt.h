@@ -72,6 +72,7 @@ inline int block_threads() { return simt::self->threads; }
 inline int block_rank() { return simt::self->grid_block; }
 inline int grid_blocks() { return simt::self->grid_blocks; }
 inline void block_barrier() { simt::block_barrier(); }
+inline void atomic_or(uint32_t* word, uint32_t bits) { __atomic_fetch_or(word, bits, __ATOMIC_RELAXED); }
 inline int cluster_rank() { return simt::self->block; }
 inline int cluster_size() { return simt::self->blocks; }
 template <class T>

@@ -39,6 +39,15 @@ class KDRowsParams(ctypes.Structure):
     ]
 
 
+class RestParams(ctypes.Structure):
+    _fields_ = [
+        ("rows", KDRowsParams),
+        ("listed", ctypes.c_void_p),
+        ("k", ctypes.c_int64),
+        ("outcome_grad", ctypes.c_void_p),
+    ]
+
+
 class LogSoftmaxParams(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("x", "out", "dy")),
@@ -100,16 +109,27 @@ class Simt:
 
     def kd_rows(self, rows: Rows, spec: RowSpec, outputs: Outputs, grid: Grid, seed: int = 0) -> None:
         """``outputs`` are hard, soft, stats and dz; without hard it is the gradient from stats."""
-        outer, inner, columns = rows.student.shape
-        vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale", "z_scale")}
-        vectors |= {name: pointer(outputs[name]) for name in ("hard", "soft", "stats")}
-        params = KDRowsParams(
-            z=matrix(rows.student), u=matrix(rows.teacher), dz=matrix(outputs["dz"]), **vectors,
-            rows=outer * inner, inner_rows=inner, n=spec.vocab_size, columns=columns, temperature=spec.temperature,
-            c_t=spec.c_t, c_s=spec.c_s, w=spec.w, smoothing=spec.label_smoothing, formula=spec.formula,
-            from_stats=outputs["hard"] is None,
+        self.library.simt_kd_rows(ctypes.byref(kd_rows_params(rows, spec, outputs)), order(grid, seed))
+
+    def rest(
+        self,
+        rows: Rows,
+        spec: RowSpec,
+        listed: torch.Tensor,
+        outcome_grad: torch.Tensor | None,
+        outputs: Outputs,
+        threads: int,
+        seed: int = 0,
+    ) -> None:
+        """``outputs`` as there, ``soft`` being the rest; the gradient from ``outcome_grad`` and stats."""
+        scratch = None if outcome_grad is None else torch.empty_like(outcome_grad)
+        params = RestParams(
+            rows=kd_rows_params(rows, spec, outputs), listed=pointer(listed), k=listed.shape[1],
+            outcome_grad=pointer(outcome_grad),
         )  # fmt: skip
-        self.library.simt_kd_rows(ctypes.byref(params), order(grid, seed))
+        self.library.simt_rest(
+            ctypes.byref(params), ctypes.c_void_p(pointer(scratch)), order(Grid(1, False, threads), seed)
+        )
 
     def log_softmax(
         self,
@@ -131,6 +151,18 @@ class Simt:
         outer, inner, columns = x.shape
         params = ScaleParams(x=matrix(x), rows=outer * inner, inner_rows=inner, columns=columns)
         self.library.simt_scale(ctypes.byref(params), ctypes.c_void_p(scalar.data_ptr()), order(Grid(1, False)))
+
+
+def kd_rows_params(rows: Rows, spec: RowSpec, outputs: Outputs) -> KDRowsParams:
+    outer, inner, columns = rows.student.shape
+    vectors = {name: pointer(getattr(rows, name)) for name in ("labels", "hard_scale", "soft_scale", "z_scale")}
+    vectors |= {name: pointer(outputs[name]) for name in ("hard", "soft", "stats")}
+    return KDRowsParams(
+        z=matrix(rows.student), u=matrix(rows.teacher), dz=matrix(outputs["dz"]), **vectors,
+        rows=outer * inner, inner_rows=inner, n=spec.vocab_size, columns=columns, temperature=spec.temperature,
+        c_t=spec.c_t, c_s=spec.c_s, w=spec.w, smoothing=spec.label_smoothing, formula=spec.formula,
+        from_stats=outputs["hard"] is None,
+    )  # fmt: skip
 
 
 def order(grid: Grid, seed: int = 0) -> Any:

@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda under the shim, with C entry points. SIMT_FEW leaves most instantiations out.
 #include "cuda/kd_rows.cuh"
 #include "cuda/log_softmax.cuh"
+#include "cuda/rest.cuh"
 #include "cuda/scale.cuh"
 
 using namespace fastkd;
@@ -67,6 +68,19 @@ extern "C" void simt_kd_rows(const KDRowsParams* p, const Order* order) {
         } else {
             run(NoSoftTerm{}, std::false_type{});
         }
+    });
+}
+
+extern "C" void simt_rest(const RestParams* p, float* scratch, const Order* order) {
+    with_type(p->common_dtype(), [&](auto element) {
+        using T = decltype(element);
+        RestParams params = *p;
+        RowGrid rows = prepare_rows(params, NoSoftTerm{});
+        const auto run = [&](auto kernel, auto... arguments) {
+            const int clusters = static_cast<int>(p->rows);
+            launch(*order, clusters, max_vectors<T>(p->n), 1, kernel, kernel, rows.share, rows, params, arguments...);
+        };
+        p->from_stats ? run(rest_grad_kernel<T>, scratch) : run(rest_rows_kernel<T>);
     });
 }
 

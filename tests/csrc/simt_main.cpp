@@ -120,6 +120,22 @@ int main(int, char** arguments) {
             });
         }
     }
+    ok &= check({"the rest, in place", false, 1}, orders, [&](Outputs& out, const Order& order) {
+        constexpr int kListed = 40;
+        std::vector<int32_t> listed;
+        Floats outcome_grad, scratch(kRows * kListed);
+        for (int i = 0; i < kRows * kListed; ++i) listed.push_back(i % kListed ? i % kListed * 6 + i / kListed : -1);
+        for (int i = 0; i < kRows * (kListed + 1); ++i) outcome_grad.push_back(static_cast<float>(i % 13) - 6.0f);
+        out.rows = z;
+        RestParams q;
+        static_cast<KDRowsParams&>(q) = p;
+        q.z = matrix(out.rows), q.u = q.dz = Matrix{};
+        q.hard = out.numbers.data(), q.soft = q.hard + kRows, q.stats = q.soft + kRows;
+        q.listed = listed.data(), q.k = kListed, q.outcome_grad = outcome_grad.data();
+        simt_rest(&q, nullptr, &order);
+        q.dz = q.z, q.from_stats = true;
+        simt_rest(&q, scratch.data(), &order);
+    });
     ok &= check({"scale", false, 1}, orders, [&](Outputs& out, const Order& order) {
         out.rows = z;
         ScaleParams s;

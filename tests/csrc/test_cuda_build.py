@@ -88,6 +88,14 @@ def test_rows_move_16_bytes_at_a_time_and_no_cluster_waits_for_memory() -> None:
         assert not total(loop, "MEMBAR", "CCTL", "UCGABAR", "ERRBAR"), name
 
 
+def test_the_rest_of_a_row_moves_16_bytes_at_a_time() -> None:
+    rest = {name: code for name, code in sm_90().items() if re.search("rest_(rows|grad)_kernel", name)}
+    assert len(rest) == 6  # 3 dtypes
+    for name, code in rest.items():
+        assert "LDG.E.128" in code, name
+        assert "STG.E.128" in code or "rest_rows" in name, name
+
+
 # (compute capability, shared memory of a block, of an SM, reserved of a block), in KB but for the first.
 DEVICES = {"sm_80": (8, 163, 164, 1), "sm_89": (8, 99, 100, 1), "sm_90": (9, 227, 228, 1), "sm_120": (12, 99, 100, 1)}
 

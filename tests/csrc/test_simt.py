@@ -20,11 +20,6 @@ GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 GRIDS = [Grid(cluster, resident) for cluster in (1, 2, 4) for resident in (True, False)]
 
 
-@pytest.fixture(scope="session")
-def simt(folder: Path) -> Simt:
-    return Simt(folder)
-
-
 def spec_of(member: Divergence, temperature: float, vocab_size: int, smoothing: float = 0.0) -> RowSpec:
     return RowSpec(temperature, int(member.formula), member.c_t, member.c_s, member.w, smoothing, vocab_size)
 

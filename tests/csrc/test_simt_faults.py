@@ -17,8 +17,11 @@ import pytest
 from tests.csrc.simt import CSRC, build
 
 ROW, EXCHANGE, READER, VECTORS = "cuda/kd_rows.cuh", "cuda/reduce.cuh", "cuda/reader.cuh", "cuda/vec.cuh"
+REST = "cuda/rest.cuh"
 STAGE_1 = "            const RowState state"
 NORMALISE = "            publish(task, [&] { kernel.normalise"
+LISTED = "        for (int i = thread_rank(); i < listed; i += block_threads()) {\n"
+LAST = "            if (columns[i] >= 0) dz_row"
 NOT_FINITE, OTHER, ORDER, GAP = "not finite", "other results", "the order matters", "a gap between rows was written"
 
 
@@ -122,6 +125,16 @@ FAULTS = (
         "vectors are copied from where they are misaligned",
         "a copy of 16 bytes from",
         ((VECTORS, "is_direct() const { return ", "is_direct() const { return true || "),),
+    ),
+    Fault(
+        "a walk does not wait for its marks",
+        f"{ORDER}|{OTHER}",
+        ((REST, "        block_barrier();\n        return marks", "        return marks"),),
+    ),
+    Fault(
+        "the listed columns are not the last to be written",
+        f"{ORDER}|{OTHER}",
+        ((REST, f"        block_barrier();\n{LISTED}{LAST}", f"{LISTED}{LAST}"),),
     ),
     Fault(
         "a thread leaves while others wait",

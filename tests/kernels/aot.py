@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from fastkd._request import HiddenKind, Mix, RowSpec
 from fastkd.divergences import JSD, NAMED, Divergence
 from fastkd.kernels import config, log_softmax
-from fastkd.kernels.divergence import moment_rule
+from fastkd.kernels.divergence import MOMENT_NONE, moment_rule
 from fastkd.kernels.hidden import hidden_rows_kernel
 from fastkd.kernels.kd_rows import (
     kd_rows_kernel,
@@ -35,6 +35,7 @@ from fastkd.kernels.kd_rows import (
     slice_state_kernel,
     slice_sums_kernel,
 )
+from fastkd.kernels.rest import list_kernel, rest_grad_kernel, rest_kernel
 from fastkd.kernels.scale import scale_kernel
 from tests.kernels.columns import row_of
 
@@ -74,6 +75,7 @@ def cases(target: str) -> Iterator[Case]:
             types = argument_types(hidden_rows_kernel, dtype, False, ("s", "t", "ds"))
             constants = {"KIND": int(kind), "WIDTH": width}
             yield f"hidden-{kind.name.lower()}-{dtype}-{width}", hidden_rows_kernel, types, constants
+        yield from rest(suffix, dtype, tiles)
         for member in MEMBERS if thorough and (dtype, peel) == THOROUGH[0] else (MEMBERS[0], MEMBERS[-1]):
             yield kd_rows(f"{member.name}-fused-{suffix}", dtype, tiles, member, "fused")
     tiles = {"VEC": 8, "PEEL": False}
@@ -108,6 +110,8 @@ def argument_types(kernel: Any, dtype: str, peel: bool, matrices: tuple[str, ...
     return types | {"y_ptr": "*i64+"}
 
 
+# Where bits that list columns take the teacher's place, by VEC.
+BITS = {4: "*u8", 8: "*i16"}
 KERNELS = {"state": slice_state_kernel, "sums": slice_sums_kernel, "slice": slice_gradient_kernel}
 
 
@@ -137,6 +141,18 @@ def kd_rows(
     return f"kd_rows-{name}", kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}
 
 
+def rest(suffix: str, dtype: str, tiles: dict[str, Any]) -> Iterator[Case]:
+    """Each of its kernels with labels and a z-loss, of long lists."""
+    constants = tiles | dict(FORMULA=0, MOMENT=MOMENT_NONE, POWER=2, SMOOTH=False, MAX=config.MAX_SLICES, LISTED=1024)
+    lists = {"u_ptr": BITS[tiles["VEC"]], "bits_ptr": "*i32", "listed_ptr": "*i32"}
+    sizes = {"num_listed": "i32", "words": "i32+"}
+    small = (("list", list_kernel), ("row", rest_kernel)) if suffix == "bf16" else ()
+    for name, kernel in (("state", slice_state_kernel), ("grad", rest_grad_kernel), *small):
+        types = argument_types(kernel, dtype, tiles["PEEL"], ("z", "u", "dz")) | lists | sizes
+        of_kernel = {key: constants[key] for key in constants if key in kernel.arg_names}
+        yield f"rest-{name}-{suffix}", kernel, types, of_kernel
+
+
 def mix_of(member: Divergence) -> Mix:
     return RowSpec(1.0, member.formula, member.c_t, member.c_s, member.w, 0.0, LARGE).mix
 
@@ -146,11 +162,14 @@ def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], 
     constants = dict(constants)
     if "WIDTH" in constants:
         options = config.hidden_options(gpu, constants.pop("WIDTH"))
+    elif "BLOCK" not in kernel.arg_names:
+        options = {"num_warps": 1, "enable_fp_fusion": True}
     else:
         whole = kernel is kd_rows_kernel and config.is_heavy(gpu, constants["MIX"], constants["PEEL"])
-        in_slices = kernel in KERNELS.values() and "states_ptr" not in constants
+        in_slices = kernel in KERNELS.values() and "states_ptr" not in constants and types["u_ptr"] not in BITS.values()
         options = config.launch_options(gpu, LARGE, constants["VEC"], heavy=whole or in_slices)
-    constants["BLOCK"] = options.pop("BLOCK")
+    if "BLOCK" in kernel.arg_names:
+        constants["BLOCK"] = options.pop("BLOCK")
     if "FAST_LOG" in kernel.arg_names:
         constants["FAST_LOG"] = gpu.is_nvidia
     signature, attributes = {}, {}

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastkd._request import Rows, RowSpec
-from fastkd.kernels import hidden, kd_rows, log_softmax, scale
+from fastkd.kernels import hidden, kd_rows, log_softmax, rest, scale
 
 # Rows, columns, offset of the labels, and the divergence's numbers.
 CALLS: dict[str, tuple[int, int, int, tuple[int, float, float, float]]] = {
@@ -57,6 +57,10 @@ def call(rows: int, columns: int, offset: int, divergence: tuple[int, float, flo
     log_softmax.log_softmax(z, dz, lse, 2.0)
     log_softmax.log_softmax_backward(z, u, lse, dz, 2.0)
     hidden.hidden_rows(z, u, hard, 0, soft, dz)
+    listed, outcomes = torch.zeros(rows, 17 + offset, dtype=torch.int32), torch.zeros(rows, 18 + offset)
+    of_rest = Rows(z, None, labels, hard, soft)
+    rest.rest_rows(of_rest, spec, listed, hard, soft, stats)
+    rest.rest_grad(of_rest, spec, listed, outcomes, stats, dz)
 
 
 def main() -> None:

@@ -1,0 +1,173 @@
+"""Writing a cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fastkd import _validate
+from fastkd.cache import format, tokens
+from fastkd.cache.format import Header, Index
+from fastkd.cache.shard import Stored, write_shard
+from fastkd.sources import TopK
+
+LOG_PROBS = {torch.float16: "float16", torch.float32: "float32"}
+
+
+class Writer:
+    """Writes a cache, or goes on with one that another writer, killed or finished, left at ``path``.
+
+    ``len(writer)`` is how many sequences its rank has on disk or in memory: where to go on. Sequences reach the disk a
+    shard at a time; a writer that is killed loses those of the shard that it had begun. Used in a ``with`` statement
+    it closes itself, also after an exception.
+
+    With several processes each is the writer of a rank, one at a time, and sequence j of rank r is number
+    ``r + j·world_size`` of the cache: what ``DistributedSampler(shuffle=False)`` gives the rank, in that order.
+
+    Args:
+        path: the folder of the cache; made if it is not there.
+        k: how many tokens a row has.
+        temperature: at which the log-probabilities are.
+        vocab_size: ids lie in [0, vocab_size).
+        teacher: the teacher's name, for whoever finds the cache.
+        tail: as :class:`fastkd.TopK` has it.
+        dtype: of the log-probabilities on disk: ``torch.float16``, whose rounding changes a probability by no more than
+            a factor of 1 ± 2⁻¹¹·log p, or ``torch.float32``.
+        shard_bytes: a shard is written when it has as many.
+        rank, world_size: of this process.
+
+    Raises:
+        ValueError, TypeError: a bad argument, or one that differs from that of the cache at ``path``; the message names
+            it, what came and what is allowed.
+        DamagedFileError: the index at ``path`` is damaged.
+
+    Example:
+        >>> import tempfile, torch, fastkd
+        >>> from fastkd import cache
+        >>> input_ids = torch.tensor([5, 3, 8])
+        >>> topk = fastkd.TopK(torch.tensor([[3, 1], [8, 0], [2, 9]]), torch.tensor([[0.7, 0.2]] * 3).log())
+        >>> path = tempfile.mkdtemp()
+        >>> with cache.Writer(path, k=2, temperature=1.0, vocab_size=10, teacher="mine") as writer:
+        ...     writer.add(input_ids, topk)
+        >>> cache.Cache(path).batch([0], input_ids[None]).ids.tolist()
+        [[[3, 1], [8, 0], [2, 9]]]
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        k: int,
+        temperature: float,
+        vocab_size: int,
+        teacher: str,
+        tail: str = "bucket",
+        dtype: torch.dtype = torch.float16,
+        shard_bytes: int = 2**27,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _validate.check_temperature(temperature)
+        for name, value in (("k", k), ("vocab_size", vocab_size), ("shard_bytes", shard_bytes), ("rank", rank)):
+            _validate.check_int(name, value)
+        if not 1 <= k <= vocab_size < 2**31:
+            raise ValueError(f"k, vocab_size: got {k} and {vocab_size}, must be 1 <= k <= vocab_size < 2³¹")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: got {rank}, must be in [0, {world_size}), world_size being {world_size}")
+        if dtype not in LOG_PROBS:
+            raise TypeError(f"dtype: got {dtype}, must be torch.float16 or torch.float32")
+        self._folder = Path(path)
+        self._shard_bytes, self._dtype = shard_bytes, dtype
+        self._ids_dtype = torch.uint16 if vocab_size < 2**16 else torch.uint32
+        ids = str(self._ids_dtype).removeprefix("torch.")
+        header = Header(k, float(temperature), vocab_size, teacher, tail, ids, LOG_PROBS[dtype], world_size)
+        self._index = self._resumed(Index(header, rank, ()))
+        self._pending: list[Stored] = []
+        self._pending_bytes = 0
+
+    def _resumed(self, index: Index) -> Index:
+        """The one that is there, if it is of such a cache; a rank's index is there from its start."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._folder.glob(format.index_name("*"))):
+            there = format.read_index(path)
+            for name, value in vars(index.header).items():
+                if (other := getattr(there.header, name)) != value:
+                    raise ValueError(f"{name}: got {value!r}, the cache at {self._folder} has {other!r}")
+            if there.rank == index.rank:
+                index = there
+        self._publish(index)
+        return index
+
+    def __len__(self) -> int:
+        return sum(shard.sequences for shard in self._index.shards) + len(self._pending)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+
+    @torch.no_grad()
+    def add(self, input_ids: Tensor, topk: TopK, mask: Tensor | None = None) -> None:
+        """Add a sequence, or a batch of them.
+
+        Args:
+            input_ids: ``(length,)`` or ``(batch, length)``, int64 or int32: what the teacher read.
+            topk: what it said at each, ``(length, k)`` or ``(batch, length, k)``; nothing is shifted.
+            mask: ``(batch, length)`` bool: where the tokens of each sequence are. The rest is padding, on either side,
+                and not stored.
+
+        Raises:
+            ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
+        """
+        ids, log_probs, temperature, tail = topk
+        if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
+            input_ids, ids, log_probs = input_ids[None], ids[None], log_probs[None]
+            mask = mask if mask is None else mask[None]
+        tokens.check_batch(input_ids, mask)
+        header = self._index.header
+        shape = (*input_ids.shape, header.k)
+        for name, given in (("topk.ids", ids), ("topk.log_probs", log_probs)):
+            if given.shape != shape:
+                raise ValueError(f"{name}: got shape {tuple(given.shape)}, must be {shape}, k a token")
+        if (temperature, tail) != (header.temperature, header.tail):
+            raise ValueError(
+                f"topk: got temperature {temperature} and tail {tail!r}, must be the writer's {header.temperature} and "
+                f"{header.tail!r}"
+            )
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < header.vocab_size:
+            raise ValueError(
+                f"topk.ids: got {int(ids.min())} to {int(ids.max())}, must be in [0, {header.vocab_size}), or -1"
+            )
+        where = tokens.runs(input_ids, mask)
+        read = input_ids.to("cpu")
+        ids = (ids.to("cpu") + 1).to(self._ids_dtype)
+        log_probs = log_probs.to("cpu", self._dtype)
+        for row, (start, stop) in enumerate(where):
+            run = (row, slice(start, stop))
+            # Copies: a view would keep all of the batch, and what is the caller's might change.
+            self._pending.append(Stored(tokens.digest(read[run]), ids[run].clone(), log_probs[run].clone()))
+            self._pending_bytes += sum(tensor.nbytes for tensor in self._pending[-1][1:])
+            if self._pending_bytes >= self._shard_bytes:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what has been added so far, as a shard of its own, however small."""
+        if not self._pending:
+            return
+        shards = self._index.shards
+        name = format.shard_name(self._index.rank, len(shards))
+        entry = write_shard(self._folder / name, self._pending)
+        self._publish(Index(self._index.header, self._index.rank, (*shards, entry)))
+        self._pending, self._pending_bytes = [], 0
+
+    def _publish(self, index: Index) -> None:
+        format.write_index(self._folder / format.index_name(index.rank), index)
+        self._index = index

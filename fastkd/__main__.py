@@ -1,4 +1,4 @@
-"""``python -m fastkd info``, ``python -m fastkd bench`` and ``python -m fastkd demo``."""
+"""``python -m fastkd info``, ``python -m fastkd bench``, ``python -m fastkd demo`` and ``python -m fastkd cache``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import platform
 import sys
 from importlib import util
+from pathlib import Path
 
 import torch
 
@@ -43,6 +44,15 @@ def _device_name(device: str) -> str:
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
 
 
+def cache_command(action: str, path: Path) -> int:
+    try:
+        from fastkd.cache import command
+    except ImportError as error:  # it needs an extra
+        print(f"python -m fastkd cache: {error}", file=sys.stderr)
+        return 2
+    return command.run(action, path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastkd", description="The knowledge-distillation loss, fast.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -55,9 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     from fastkd.bench import command
 
     command.add_arguments(bench)
+    cache = commands.add_parser("cache", help="say what a cache of a teacher holds, or check every byte of it")
+    cache.add_argument("action", choices=("info", "verify"))
+    cache.add_argument("path", type=Path, metavar="PATH", help="the cache's folder")
     options = parser.parse_args(arguments)
     if options.command == "info":
         return info()
+    if options.command == "cache":
+        return cache_command(options.action, options.path)
     if options.command == "demo":
         return demo_package.run(options)
     return int(command.main(options))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("__main__",),
     ("demo",),
+    ("cache",),
     ("__init__",),
     ("hidden", "teachers"),
     ("layers",),
@@ -35,7 +36,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Folders whose modules may import one another. Those of `backends` share only what begins with an underscore.
-FOLDERS = ("kernels", "demo")
+FOLDERS = ("kernels", "demo", "cache")
 SHARED = "backends._"
 
 

@@ -62,7 +62,7 @@ class CachedDataset(Dataset[tuple[int, Row]]):
                 "come to the end, give a Subset of the rows"
             )
         self.rows, self.cache = rows, cache
-        self._collate = collate or pad
+        self._collate: Callable[[list[Row]], Any] = collate or pad
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -58,6 +58,11 @@ def index_name(rank: int) -> str:
     return f"index-{rank}.json"
 
 
+def index_paths(folder: Path) -> list[Path]:
+    """Of the ranks whose writers have begun."""
+    return sorted(folder.glob("index-*.json"))
+
+
 def shard_name(rank: int, number: int) -> str:
     return f"shard-{rank}-{number:06}.safetensors"
 

@@ -37,7 +37,7 @@ class Cache:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        names = sorted(self.path.glob(format.index_name("*")))
+        names = format.index_paths(self.path)
         if not names:
             raise FileNotFoundError(f"{self.path}: there is no cache, a writer makes {format.index_name(0)} at once")
         indexes = {name: format.read_index(name) for name in names}

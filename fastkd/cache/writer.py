@@ -93,7 +93,7 @@ class Writer:
     def _resumed(self, index: Index) -> Index:
         """The one that is there, if it is of such a cache; a rank's index is there from its start."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._folder.glob(format.index_name("*"))):
+        for path in format.index_paths(self._folder):
             there = format.read_index(path)
             for name, value in vars(index.header).items():
                 if (other := getattr(there.header, name)) != value:

@@ -38,12 +38,8 @@ def info(cache: Cache) -> int:
     sequences = sum(shard.sequences for shard in shards)
     beyond = f", and {sequences - len(cache)} past the first that is missing" if sequences > len(cache) else ""
     print(f"{len(cache):,} sequences{beyond}, {tokens:,} tokens, {len(shards):,} shards{ranks}")
-    print(
-        f"teacher {header.teacher}, k = {header.k} of {header.vocab_size:,}, T = {header.temperature:g}, {header.tail}"
-    )
-    print(
-        f"{size:,} bytes, {size / max(tokens, 1):.1f} a token (ids {header.ids}, log-probabilities {header.log_probs})"
-    )
+    print(f"k = {header.k} of {header.vocab_size:,}, T = {header.temperature:g}, {header.tail}, of {header.teacher}")
+    print(f"{size:,} bytes, {each:.1f} a token: ids {header.ids}, log-probabilities {header.log_probs}")
     counts, total = torch.zeros(len(EDGES) + 1, dtype=torch.int64), 0.0
     for number, shard in enumerate(shards):
         for position in range(shard.sequences):
@@ -62,7 +58,7 @@ def info(cache: Cache) -> int:
 def _mass(cache: Cache, shard: ShardEntry, position: int) -> Tensor:
     """(tokens,)"""
     found = cache.open(shard).read(position)
-    return found.log_probs.float().exp().masked_fill(found.ids.to(torch.int64) == 0, 0.0).sum(-1)
+    return found.log_probs.float().exp().masked_fill(found.ids.to(torch.int32) == 0, 0.0).sum(-1)
 
 
 def verify(cache: Cache) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from fastkd.cache.format import DamagedFileError, ShardEntry
+from fastkd.cache.format import DamagedFileError
 from fastkd.cache.reader import Cache
+from fastkd.cache.shard import Stored, padding
 
 # Of the mass kept, a token's sum over its k: below half, to half, ..., to 99.9 %, above. float16 may round it above 1.
 EDGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -40,12 +42,12 @@ def info(cache: Cache) -> int:
     print(f"{len(cache):,} sequences{beyond}, {tokens:,} tokens, {len(shards):,} shards{ranks}")
     print(f"k = {header.k} of {header.vocab_size:,}, T = {header.temperature:g}, {header.tail}, of {header.teacher}")
     print(f"{size:,} bytes, {each:.1f} a token: ids {header.ids}, log-probabilities {header.log_probs}")
-    counts, total = torch.zeros(len(EDGES) + 1, dtype=torch.int64), 0.0
+    counts, total = np.zeros(len(EDGES) + 1, np.int64), 0.0
     for number, shard in enumerate(shards):
         for position in range(shard.sequences):
             _progress(f"shard {number + 1} of {len(shards)}, {position / shard.sequences:.0%}")
-            mass = _mass(cache, shard, position)
-            counts += torch.bincount(torch.bucketize(mass, torch.tensor(EDGES)), minlength=len(counts))
+            mass = _mass(cache.open(shard).read(position))
+            counts += np.bincount(np.digitize(mass, EDGES), minlength=len(counts))
             total += float(mass.sum())
     _progress("")
     print(f"mass kept, mean {total / max(tokens, 1):.4f}")
@@ -55,10 +57,11 @@ def info(cache: Cache) -> int:
     return 0
 
 
-def _mass(cache: Cache, shard: ShardEntry, position: int) -> Tensor:
+def _mass(found: Stored) -> NDArray[Any]:
     """(tokens,)"""
-    found = cache.open(shard).read(position)
-    return found.log_probs.float().exp().masked_fill(found.ids.to(torch.int32) == 0, 0.0).sum(-1)
+    probs = np.exp(found.log_probs.astype(np.float32))
+    probs[found.ids == padding(found.ids)] = 0
+    return probs.sum(-1)
 
 
 def verify(cache: Cache) -> int:

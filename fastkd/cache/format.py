@@ -28,7 +28,7 @@ class Header:
     vocab_size: int
     teacher: str
     tail: str
-    ids: str  # "uint16" or "uint32"; an id is stored as id + 1, padding as 0
+    ids: str  # "uint16" or "uint32"
     log_probs: str  # "float16" or "float32"
     world_size: int
 

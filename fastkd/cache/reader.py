@@ -7,14 +7,17 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastkd import _validate
 from fastkd.cache import format, tokens
 from fastkd.cache.format import DamagedFileError, ShardEntry
-from fastkd.cache.shard import Shard, Stored
+from fastkd.cache.shard import Shard, Stored, padding
 from fastkd.sources import TopK
 
 
@@ -83,9 +86,9 @@ class Cache:
             DamagedFileError: it is damaged on disk.
         """
         found = self._read(number + len(self) if number < 0 else number)
-        ids, log_probs = self._empty(1, len(found.ids))
-        _fill(ids[0], log_probs[0], found)
-        return found.digest, self._topk(ids[0], log_probs[0])
+        ids, log_probs = self._empty(len(found.ids))
+        _fill(ids.numpy(), log_probs.numpy(), 0, found)
+        return found.digest, self._topk(ids, log_probs)
 
     def batch(self, indices: Sequence[int] | Tensor, input_ids: Tensor, mask: Tensor | None = None) -> TopK:
         """What the teacher said of a padded batch: ``(batch, length, k)``, on the device of ``input_ids``.
@@ -108,21 +111,19 @@ class Cache:
         numbers = indices.tolist() if isinstance(indices, Tensor) else list(indices)
         if len(numbers) != len(input_ids):
             raise ValueError(f"indices: got {len(numbers)}, must be {len(input_ids)}, one a row of input_ids")
-        read = input_ids.to("cpu")
+        read = tokens.on_cpu(input_ids)
         ids, log_probs = self._empty(*read.shape)
-        for row, (number, (start, stop)) in enumerate(zip(numbers, tokens.runs(input_ids, mask), strict=True)):
+        rows = zip(numbers, read, ids.numpy(), log_probs.numpy(), tokens.runs(input_ids, mask), strict=True)
+        for row, (number, row_read, row_ids, row_log_probs, (start, stop)) in enumerate(rows):
             found = self._read(number)
             length = len(found.ids)
             if mask is None:
                 stop = min(stop, length)
-            if stop - start != length or tokens.digest(read[row, start:stop]) != found.digest:
+            if stop - start != length or tokens.digest(row_read[start:stop]) != found.digest:
                 raise ValueError(
                     f"input_ids: row {row} is not what the teacher read as sequence {number} ({length} tokens)"
                 )
-            for outside in (slice(None, start), slice(stop, None)):
-                ids[row, outside] = -1
-                log_probs[row, outside] = -torch.inf
-            _fill(ids[row, start:stop], log_probs[row, start:stop], found)
+            _fill(row_ids, row_log_probs, start, found)
         return self._topk(ids.to(input_ids.device), log_probs.to(input_ids.device))
 
     def _read(self, number: int) -> Stored:
@@ -142,8 +143,12 @@ class Cache:
         return TopK(ids, log_probs, self.header.temperature, self.header.tail)
 
 
-def _fill(ids: Tensor, log_probs: Tensor, found: Stored) -> None:
-    stored = found.ids
-    # uint32 holds no more than int32 does here, and the same bits are copied faster.
-    ids.copy_(stored.view(torch.int32) if stored.dtype == torch.uint32 else stored).sub_(1)
-    log_probs.copy_(found.log_probs)
+def _fill(ids: NDArray[np.int32], log_probs: NDArray[Any], start: int, found: Stored) -> None:
+    """A row of a batch, (length, k): the sequence begins at ``start``, and padding is around it."""
+    stop = start + len(found.ids)
+    ids[:start], ids[stop:] = -1, -1
+    log_probs[:start], log_probs[stop:] = -np.inf, -np.inf
+    log_probs[start:stop] = found.log_probs
+    ids[start:stop] = found.ids  # uint32 for int32, of the same bits
+    if found.padded:
+        ids[ids == padding(found.ids)] = -1

@@ -3,7 +3,7 @@
     offsets    (n + 1,)     int64    where each sequence begins in the two below, in tokens
     digests    (n, 2)       int64    the 16 bytes of each sequence's digest
     checksums  (n,)         int64    CRC-32 of each sequence's ids and log-probabilities
-    ids        (tokens, k)  uint16 or uint32, id + 1, 0 for padding
+    ids        (tokens, k)  uint16 or uint32, with all bits set for padding
     log_probs  (tokens, k)  float16 or float32
 
 What stands before ids and log_probs is the shard's head, whose checksum is in the index. So every byte is covered, and
@@ -15,14 +15,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.numpy import save_file
 
 from fastkd.cache.format import DamagedFileError, ShardEntry, checksum, publish
+from fastkd.cache.tokens import DIGEST_BYTES
 
 LENGTH_BYTES = 8  # of a safetensors file: the size of its JSON, little-endian
 
@@ -31,19 +32,18 @@ class Stored(NamedTuple):
     """A sequence as a shard has it."""
 
     digest: bytes
-    ids: Tensor  # (tokens, k)
-    log_probs: Tensor  # (tokens, k)
+    ids: NDArray[Any]  # (tokens, k)
+    log_probs: NDArray[Any]  # (tokens, k)
+    padded: bool = False  # some of the ids are padding; known when they are read
 
 
 def write_shard(path: Path, sequences: Sequence[Stored]) -> ShardEntry:
-    lengths = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)])
-    digests = [torch.frombuffer(bytearray(sequence.digest), dtype=torch.int64) for sequence in sequences]
     tensors = {
-        "offsets": lengths.cumsum(0),
-        "digests": torch.stack(digests),
-        "checksums": torch.tensor([_checksum(sequence) for sequence in sequences]),
-        "ids": torch.cat([sequence.ids for sequence in sequences]),
-        "log_probs": torch.cat([sequence.log_probs for sequence in sequences]),
+        "offsets": np.cumsum([0, *(len(sequence.ids) for sequence in sequences)]),
+        "digests": np.frombuffer(b"".join(sequence.digest for sequence in sequences), np.int64).reshape(-1, 2),
+        "checksums": np.array([_checksum(sequence) for sequence in sequences]),
+        "ids": np.concatenate([sequence.ids for sequence in sequences]),
+        "log_probs": np.concatenate([sequence.log_probs for sequence in sequences]),
     }
     heads = []
 
@@ -72,7 +72,12 @@ def _head(path: Path) -> bytes:
 
 
 def _checksum(sequence: Stored) -> int:
-    return int(checksum(sequence.ids.numpy(), sequence.log_probs.numpy()), 16)
+    return int(checksum(sequence.ids, sequence.log_probs), 16)
+
+
+def padding(ids: NDArray[Any]) -> int:
+    """What stands for -1 among unsigned ids."""
+    return int(np.iinfo(ids.dtype).max)
 
 
 class Shard:
@@ -94,23 +99,24 @@ class Shard:
             raise DamagedFileError(f"{path}: has {size} bytes, the index says {entry.bytes}")
         if checksum(head) != entry.checksum:
             raise DamagedFileError(f"{path}: is damaged, the checksum of its head is not the index's")
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-        self._offsets = tensors["offsets"].tolist()
-        self._checksums = tensors["checksums"].tolist()
-        self._digests, self._ids, self._log_probs = tensors["digests"], tensors["ids"], tensors["log_probs"]
-        self._checked = bytearray(entry.sequences)
+        with safe_open(path, framework="pt") as file:  # which maps the file, where "np" would read it
+            self._arrays = {name: file.get_tensor(name).numpy() for name in ("ids", "log_probs")}
+            self._digests = file.get_tensor("digests").numpy().tobytes()
+            self._offsets, self._checksums = file.get_tensor("offsets").tolist(), file.get_tensor("checksums").tolist()
+        self._padded: list[bool | None] = [None] * entry.sequences  # None: not read yet
 
     def read(self, position: int) -> Stored:
-        """The sequence at a position, its tensors views of the file; checked when it is first read.
+        """The sequence at a position, its arrays views of the file; checked when it is first read.
 
         Raises:
             DamagedFileError: it is not what was written.
         """
-        start, stop = self._offsets[position], self._offsets[position + 1]
-        found = Stored(self._digests[position].numpy().tobytes(), self._ids[start:stop], self._log_probs[start:stop])
-        if not self._checked[position]:
+        run = slice(self._offsets[position], self._offsets[position + 1])
+        digest = self._digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)]
+        found = Stored(digest, self._arrays["ids"][run], self._arrays["log_probs"][run])
+        padded = self._padded[position]
+        if padded is None:
             if _checksum(found) != self._checksums[position]:
                 raise DamagedFileError(f"{self.path}: is damaged, the checksum of its sequence {position} is another")
-            self._checked[position] = True
-        return found
+            padded = self._padded[position] = bool((found.ids == padding(found.ids)).any())
+        return found._replace(padded=padded)

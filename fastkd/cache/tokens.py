@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastkd import _validate
@@ -22,6 +24,10 @@ def check_batch(input_ids: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, must be (batch, length)")
     if mask is not None:
         _validate.check_per_row("mask", mask, input_ids[..., None], (torch.bool,), "input_ids")
+
+
+def on_cpu(input_ids: Tensor) -> NDArray[np.int32]:
+    return input_ids.to("cpu", torch.int32).contiguous().numpy()
 
 
 def runs(input_ids: Tensor, mask: Tensor | None) -> list[tuple[int, int]]:
@@ -43,6 +49,6 @@ def runs(input_ids: Tensor, mask: Tensor | None) -> list[tuple[int, int]]:
     return [(start, start + count) for start, count in zip(starts.tolist(), counts.tolist(), strict=True)]
 
 
-def digest(tokens: Tensor) -> bytes:
+def digest(tokens: NDArray[np.int32]) -> bytes:
     """BLAKE2b of a sequence's ids as little-endian int32."""
-    return hashlib.blake2b(tokens.numpy().astype("<i4", order="C").data, digest_size=DIGEST_BYTES).digest()
+    return hashlib.blake2b(tokens.astype("<i4", copy=False).data, digest_size=DIGEST_BYTES).digest()

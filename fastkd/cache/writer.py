@@ -83,8 +83,7 @@ class Writer:
             raise TypeError(f"dtype: got {dtype}, must be torch.float16 or torch.float32")
         self._folder = Path(path)
         self._shard_bytes, self._dtype = shard_bytes, dtype
-        self._ids_dtype = torch.uint16 if vocab_size < 2**16 else torch.uint32
-        ids = str(self._ids_dtype).removeprefix("torch.")
+        ids = "uint16" if vocab_size < 2**16 else "uint32"  # one value is padding's
         header = Header(k, float(temperature), vocab_size, teacher, tail, ids, LOG_PROBS[dtype], world_size)
         self._index = self._resumed(Index(header, rank, ()))
         self._pending: list[Stored] = []
@@ -147,14 +146,15 @@ class Writer:
                 f"topk.ids: got {int(ids.min())} to {int(ids.max())}, must be in [0, {header.vocab_size}), or -1"
             )
         where = tokens.runs(input_ids, mask)
-        read = input_ids.to("cpu")
-        ids = (ids.to("cpu") + 1).to(self._ids_dtype)
-        log_probs = log_probs.to("cpu", self._dtype)
+        read = tokens.on_cpu(input_ids)
+        stored_ids = ids.to("cpu").numpy().astype(header.ids)  # -1 has all bits set
+        stored_log_probs = log_probs.to("cpu", self._dtype).numpy()
         for row, (start, stop) in enumerate(where):
             run = (row, slice(start, stop))
             # Copies: a view would keep all of the batch, and what is the caller's might change.
-            self._pending.append(Stored(tokens.digest(read[run]), ids[run].clone(), log_probs[run].clone()))
-            self._pending_bytes += sum(tensor.nbytes for tensor in self._pending[-1][1:])
+            found = Stored(tokens.digest(read[run]), stored_ids[run].copy(), stored_log_probs[run].copy())
+            self._pending.append(found)
+            self._pending_bytes += found.ids.nbytes + found.log_probs.nbytes
             if self._pending_bytes >= self._shard_bytes:
                 self.flush()
 

@@ -61,7 +61,8 @@ def _mass(found: Stored) -> NDArray[Any]:
     """(tokens,)"""
     probs = np.exp(found.log_probs.astype(np.float32))
     probs[found.ids == padding(found.ids)] = 0
-    return probs.sum(-1)
+    mass: NDArray[Any] = probs.sum(-1)
+    return mass
 
 
 def verify(cache: Cache) -> int:

@@ -113,7 +113,6 @@ class Writer:
     ) -> None:
         self.flush()
 
-    @torch.no_grad()
     def add(self, input_ids: Tensor, topk: TopK, mask: Tensor | None = None) -> None:
         """Add a sequence, or a batch of them.
 
@@ -126,6 +125,8 @@ class Writer:
         Raises:
             ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
         """
+        if not isinstance(topk, TopK):
+            raise TypeError(f"topk: got {type(topk).__name__}, must be a fastkd.TopK")
         ids, log_probs, temperature, tail = topk
         if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
             input_ids, ids, log_probs = input_ids[None], ids[None], log_probs[None]
@@ -136,6 +137,8 @@ class Writer:
         for name, given in (("topk.ids", ids), ("topk.log_probs", log_probs)):
             if given.shape != shape:
                 raise ValueError(f"{name}: got shape {tuple(given.shape)}, must be {shape}, k a token")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"topk.ids: got {ids.dtype}, must be int64 or int32")
         if (temperature, tail) != (header.temperature, header.tail):
             raise ValueError(
                 f"topk: got temperature {temperature} and tail {tail!r}, must be the writer's {header.temperature} and "
@@ -148,7 +151,7 @@ class Writer:
         where = tokens.runs(input_ids, mask)
         read = tokens.on_cpu(input_ids)
         stored_ids = ids.to("cpu").numpy().astype(header.ids)  # -1 has all bits set
-        stored_log_probs = log_probs.to("cpu", self._dtype).numpy()
+        stored_log_probs = log_probs.detach().to("cpu", self._dtype).numpy()
         for row, (start, stop) in enumerate(where):
             run = (row, slice(start, stop))
             # Copies: a view would keep all of the batch, and what is the caller's might change.

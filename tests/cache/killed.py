@@ -119,16 +119,18 @@ def kill_at_operations(folder: Path) -> int:
     raise AssertionError
 
 
-def kill_at_moments(folder: Path, rounds: int = 6, sequences: int = 30) -> int:
+def kill_at_moments(folder: Path, least: int = 30, sequences: int = 30) -> int:
     """A writer killed and resumed until it comes to the end, again and again."""
     start = time.perf_counter()
     assert run(folder / "timed", sequences, lambda: None, None)
     whole = time.perf_counter() - start
     kills = 0
-    for number in range(rounds):
-        inside = folder / str(number)
-        while not run(inside, sequences, lambda: None, random.uniform(0, whole / 2)):
+    while kills < least:
+        inside = folder / str(kills)
+        longest = whole / 6
+        while not run(inside, sequences, lambda: None, random.uniform(0, longest)):
             kills += 1
+            longest *= 1.1  # a machine that is slower than when it was timed comes to the end too
         assert len(cache.Cache(inside)) == sequences
     return kills
 
@@ -136,5 +138,6 @@ def kill_at_moments(folder: Path, rounds: int = 6, sequences: int = 30) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)  # threads do not survive a fork
     random.seed(0)
+    os.fsync = lambda descriptor: None  # which costs most of the time, and changes nothing for who is killed
     mode = {"operations": kill_at_operations, "moments": kill_at_moments}[sys.argv[1]]
     print(mode(Path(sys.argv[2])))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import fastkd
 from fastkd import cache
-from tests.cache.sequences import K, SETTINGS, VOCAB, check, sequence, write
+from tests.cache.sequences import SETTINGS, VOCAB, K, check, sequence, write
 
 
 def padded(numbers: list[int], left: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,7 +160,7 @@ def test_resuming_as_another_is_refused(tmp_path: Path) -> None:
     for name, value in others.items():
         with pytest.raises(ValueError, match=r"\w+: got .*, the cache at .* has .*"):
             cache.Writer(tmp_path, **SETTINGS | {name: value})
-        with pytest.raises(ValueError, match="world_size: got 2, the cache at .* has 1"):
+        with pytest.raises(ValueError, match=r"world_size: got 2, the cache at .* has 1"):
             cache.Writer(tmp_path, **SETTINGS, rank=1, world_size=2)
     check(cache.Cache(tmp_path)[0][1], 0)
 

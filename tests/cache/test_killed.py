@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize(("mode", "kills"), [("operations", 28), ("moments", 10)])
+@pytest.mark.parametrize(("mode", "kills"), [("operations", 28), ("moments", 30)])
 def test_a_killed_writer(tmp_path: Path, mode: str, kills: int) -> None:
     """At every operation on files, and at random moments; see :mod:`tests.cache.killed`."""
     command = [sys.executable, "-m", "tests.cache.killed", mode, str(tmp_path)]

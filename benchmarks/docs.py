@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cost, cost_triton, summary
+from fastkd.bench import accuracy, cache, cost, cost_triton, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "accuracy.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "accuracy", "cache")))
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 OTHERS = ("eager", "torch.compile", "Liger")
 MISSING = "Not measured yet.\n"
@@ -32,6 +32,8 @@ def blocks() -> dict[str, str]:
     digits = json.loads((RESULTS / "accuracy.json").read_text())
     for name, lines in zip(("accuracy", "rounding"), accuracy.tables(digits), strict=True):
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
+    recorded = RESULTS / "cache.json"
+    texts["cache"] = cache_speeds(json.loads(recorded.read_text())) if recorded.exists() else MISSING
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
@@ -62,6 +64,10 @@ def full(results: dict[str, Any]) -> str:
             parts.append(f"\nNot run: {absent}.\n")
             said = absent
     return "".join(parts)
+
+
+def cache_speeds(results: dict[str, Any]) -> str:
+    return f"{summary.machine_line(results['machine'])}\n\n{table(cache.table(results))}"
 
 
 def table(lines: list[list[str]]) -> str:

@@ -9,6 +9,7 @@ if _missing := _extras.missing("numpy", "safetensors"):
     raise ImportError(f"fastkd.cache {_missing}")
 
 from fastkd.cache.dataset import CachedDataset as CachedDataset
+from fastkd.cache.dataset import pad as pad
 from fastkd.cache.format import DamagedFileError as DamagedFileError
 from fastkd.cache.reader import Cache as Cache
 from fastkd.cache.writer import Writer as Writer

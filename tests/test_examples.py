@@ -1,0 +1,37 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_distill_from_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A teacher and a student that are stopped midway and go on come to what undisturbed ones come to."""
+    module = example("distill_from_cache")
+    at_once = module.main(["--out", str(tmp_path / "at once"), "--steps", "12"])
+    assert "with row 0 of 64" in capsys.readouterr().out
+    folder = tmp_path / "resumed"
+    module.write_cache(folder / "cache", module.make_rows()[:21])
+    module.main(["--out", str(folder), "--steps", "3"])
+    assert "with row 21 of 64" in capsys.readouterr().out
+    resumed = module.main(["--out", str(folder), "--steps", "12"])
+    output = capsys.readouterr().out
+    assert "with row 64 of 64" in output
+    assert "with step 3 of 12" in output
+    for name, parameter in at_once.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], parameter), name

@@ -54,7 +54,7 @@ def make_rows(count: int = 64) -> list[dict[str, Any]]:
 def write_cache(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Have the teacher read what it has not read yet. Those after the last complete shard it reads again."""
     teacher = LanguageModel(width=64, seed=1)
-    teacher.head.weight.mul_(20.0)  # so that a random one prefers some tokens
+    teacher.head.weight.mul_(60.0)  # so that a random one prefers some tokens
     settings = {"k": K, "temperature": TEMPERATURE, "vocab_size": VOCAB, "teacher": "a random one"}
     with cache.Writer(folder, **settings, shard_bytes=SHARD_BYTES) as writer:
         print(f"the teacher goes on with row {len(writer)} of {len(rows)}")

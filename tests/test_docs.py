@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import cache
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -24,7 +25,20 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", ["functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "functional",
+        "modules",
+        "hidden",
+        "layers",
+        "divergences",
+        "_dispatch",
+        "_labels",
+        "cache.writer",
+        "cache.dataset",
+    ],
+)
 def test_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fastkd.{name}"))
     assert results.failed == 0
@@ -45,6 +59,8 @@ def test_docstrings(name: str) -> None:
         fastkd.layer_map,
         fastkd.capture,
         fastkd.copy_layers,
+        cache.Writer,
+        cache.CachedDataset,
     ],
     ids=lambda public: public.__name__,
 )

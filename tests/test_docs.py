@@ -25,20 +25,9 @@ def on_a_cpu() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "functional",
-        "modules",
-        "hidden",
-        "layers",
-        "divergences",
-        "_dispatch",
-        "_labels",
-        "cache.writer",
-        "cache.dataset",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels", "cache.writer", "cache.dataset",
+])  # fmt: skip
 def test_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fastkd.{name}"))
     assert results.failed == 0

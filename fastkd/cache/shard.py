@@ -118,5 +118,5 @@ class Shard:
         if padded is None:
             if _checksum(found) != self._checksums[position]:
                 raise DamagedFileError(f"{self.path}: is damaged, the checksum of its sequence {position} is another")
-            padded = self._padded[position] = bool((found.ids == padding(found.ids)).any())
+            padded = self._padded[position] = bool(found.ids.max(initial=0) == padding(found.ids))
         return found._replace(padded=padded)

@@ -73,6 +73,7 @@ class Writer:
         world_size: int = 1,
     ) -> None:
         _validate.check_temperature(temperature)
+        _validate.check_one_of("tail", tail, _validate.TAILS)
         for name, value in (("k", k), ("vocab_size", vocab_size), ("shard_bytes", shard_bytes), ("rank", rank)):
             _validate.check_int(name, value)
         if not 1 <= k <= vocab_size < 2**31:
@@ -150,12 +151,12 @@ class Writer:
             )
         where = tokens.runs(input_ids, mask)
         read = tokens.on_cpu(input_ids)
-        stored_ids = ids.to("cpu").numpy().astype(header.ids)  # -1 has all bits set
-        stored_log_probs = log_probs.detach().to("cpu", self._dtype).numpy()
+        # Copies: what is the caller's may change before it is written. -1 becomes what has all bits set.
+        stored_ids = ids.to("cpu").numpy().astype(header.ids)
+        stored_log_probs = log_probs.detach().to("cpu", self._dtype, copy=True).numpy()
         for row, (start, stop) in enumerate(where):
             run = (row, slice(start, stop))
-            # Copies: a view would keep all of the batch, and what is the caller's might change.
-            found = Stored(tokens.digest(read[run]), stored_ids[run].copy(), stored_log_probs[run].copy())
+            found = Stored(tokens.digest(read[run]), stored_ids[run], stored_log_probs[run])
             self._pending.append(found)
             self._pending_bytes += found.ids.nbytes + found.log_probs.nbytes
             if self._pending_bytes >= self._shard_bytes:

@@ -89,6 +89,14 @@ def test_types_on_disk(tmp_path: Path, vocab_size: int, stored: str, dtype: torc
     assert tensors["log_probs"].dtype == dtype
 
 
+def test_what_a_teacher_gives_in_bfloat16(tmp_path: Path) -> None:
+    tokens, topk = sequence(1)
+    log_probs = topk.log_probs.bfloat16().requires_grad_()
+    with cache.Writer(tmp_path, **SETTINGS) as writer:
+        writer.add(tokens, topk._replace(log_probs=log_probs))
+    assert torch.equal(cache.Cache(tmp_path)[0][1].log_probs, log_probs.detach().half())
+
+
 def test_a_sequence_of_no_tokens(tmp_path: Path) -> None:
     """It has its number, so that those of others stay right."""
     empty = torch.zeros(0, dtype=torch.int64)
@@ -212,6 +220,7 @@ def test_there_is_no_cache(tmp_path: Path) -> None:
     ({"vocab_size": 2**31}, "k, vocab_size: got"),
     ({"k": 2.5}, "k: got float"),
     ({"temperature": 0.0}, "temperature: got 0.0"),
+    ({"tail": "none"}, "tail: got 'none', must be one of 'bucket'"),
     ({"rank": 1}, r"rank: got 1, must be in \[0, 1\)"),
     ({"dtype": torch.bfloat16}, "dtype: got torch.bfloat16"),
 ])  # fmt: skip

@@ -12,7 +12,7 @@ from fastkd import _extras
 
 # What a task needs apart from torch: the extra `demo`.
 NEEDS = {
-    "text": ("matplotlib", "rich", "tokenizers"),
+    "text": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers"),
     "digits": ("matplotlib", "rich", "scikit-learn"),
     "layers": ("matplotlib", "rich", "tokenizers"),
 }

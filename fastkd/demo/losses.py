@@ -12,7 +12,9 @@ import fastkd
 # (student logits [N, V], teacher logits [N, V] or None, labels [N], temperature, weight of the labels) -> scalar
 Loss = Callable[[Tensor, Tensor | None, Tensor, float, float], Tensor]
 HiddenLoss = Callable[[fastkd.LinearLogits, fastkd.LinearLogits | None, Tensor, float, float], Tensor]
+CachedLoss = Callable[[Tensor, fastkd.TopK | None, Tensor, float, float], Tensor]
 CHUNK_ROWS = 128
+CACHED_K = 32  # of each token, what a cache of the teacher keeps
 
 
 def labels_only(
@@ -33,7 +35,7 @@ def usual_kd(student: Tensor, teacher: Tensor | None, labels: Tensor, temperatur
 
 
 def fastkd_kd(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float, hard_weight: float
+    student: Tensor, teacher: Tensor | fastkd.TopK | None, labels: Tensor, temperature: float, hard_weight: float
 ) -> Tensor:
     assert teacher is not None
     loss = fastkd.kd_loss(
@@ -61,5 +63,7 @@ def fastkd_from_hidden_states(
 
 
 LOSSES: dict[str, Loss] = {"labels": labels_only, "usual": usual_kd, "fastkd": fastkd_kd}
+# From what a teacher left on disk.
+FROM_CACHE: dict[str, CachedLoss] = {"cache": fastkd_kd}
 # For models that can stop before their logits.
 FROM_HIDDEN_STATES: dict[str, HiddenLoss] = {"hidden": fastkd_from_hidden_states}

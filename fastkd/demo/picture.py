@@ -7,15 +7,23 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from fastkd.demo.losses import CACHED_K
 from fastkd.demo.training import Comparison, Task
 
-GREY, ORANGE, BLUE, GREEN = "#777777", "#E69F00", "#0072B2", "#009E73"  # told apart by colour-blind readers too
+GREY, ORANGE, BLUE, GREEN, PURPLE = (
+    "#777777",
+    "#E69F00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+)  # told apart by colour-blind readers too
 # The two KD curves coincide: a broad one, and a thin dashed one over it.
 STYLES: dict[str, dict[str, Any]] = {
     "labels": {"label": "labels only", "color": GREY},
     "usual": {"label": "KD, usual loss", "color": ORANGE, "linewidth": 5.0, "alpha": 0.6},
     "fastkd": {"label": "KD, fastkd", "color": BLUE, "linestyle": "--"},
     "hidden": {"label": "KD, fastkd from hidden states", "color": GREEN, "linestyle": ":"},
+    "cache": {"label": f"KD, fastkd from a top-{CACHED_K} cache", "color": PURPLE, "linestyle": "-."},
 }
 
 

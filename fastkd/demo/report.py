@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fastkd import __version__
 from fastkd.demo import memory
-from fastkd.demo.losses import CHUNK_ROWS
+from fastkd.demo.losses import CACHED_K, CHUNK_ROWS
 from fastkd.demo.picture import draw
 from fastkd.demo.training import Comparison, Run, Task, Track
 
@@ -28,6 +28,7 @@ NAMES = {
     "usual": "Student, KD, usual loss",
     "fastkd": "Student, KD, fastkd",
     "hidden": "Student, KD, fastkd from hidden states",
+    "cache": f"Student, KD, top-{CACHED_K} cache",
 }
 # Bytes of logits below which the resident memory of a process, in pages, tells nothing about the loss.
 SMALLEST_MEASURED = 2**20
@@ -134,6 +135,14 @@ def _findings(task: Task, comparison: Comparison, peaks: dict[str, int | None], 
     if peaks["usual"] and peaks["fastkd"]:
         line += f" and takes {peaks['fastkd'] / peaks['usual']:.0%} of its memory"
     yield f"{line}. The whole step: {_speed(usual.step_seconds, fast.step_seconds)}."
+    if comparison.cached_bytes:
+        cached = comparison.students["cache"]
+        more = cached.final - fast.final
+        yield (
+            f"From the teacher's {CACHED_K} most probable tokens, {comparison.cached_bytes:.0f} bytes a token on disk, "
+            f"written once: {abs(more):.3f} nats {'higher' if more > 0 else 'lower'} than from the whole teacher. The "
+            f"whole step, without a teacher: {_speed(fast.step_seconds, cached.step_seconds)} the speed."
+        )
     if task.classes < 1000:
         yield f"With {task.classes} classes a loss costs next to nothing either way; fastkd is for large vocabularies."
     note = (
@@ -179,6 +188,7 @@ def _figures(
         "loss_time_ratio": dict(zip(QUARTILES, _ratios(usual.loss_seconds, fast.loss_seconds), strict=True)),
         "step_time_ratio": dict(zip(QUARTILES, _ratios(usual.step_seconds, fast.step_seconds), strict=True)),
         "loss_peak_bytes": peaks,
+        "cached_bytes_per_token": comparison.cached_bytes,
         "teacher": asdict(comparison.teacher),
         "students": {name: asdict(run) for name, run in comparison.students.items()},
     }

@@ -68,6 +68,7 @@ def make_task(seed: int, device: torch.device) -> Task:
         temperature=2.0,
         hard_weight=0.1,
         has_hidden_states=True,
+        has_cache=True,
     )
 
 

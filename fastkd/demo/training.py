@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd import LinearLogits
-from fastkd.demo.losses import FROM_HIDDEN_STATES, LOSSES, HiddenLoss, Loss, labels_only
+from fastkd.demo import cached
+from fastkd.demo.losses import FROM_CACHE, FROM_HIDDEN_STATES, LOSSES, CachedLoss, HiddenLoss, Loss, labels_only
 
 Batch = tuple[Tensor, Tensor]  # inputs, labels
 
@@ -47,6 +50,7 @@ class Task:
     temperature: float
     hard_weight: float
     has_hidden_states: bool = False  # the models can stop before their logits
+    has_cache: bool = False  # the inputs are tokens, of which a cache of the teacher can be kept
 
     def quick(self) -> Task:
         """A quarter of each batch. (A quarter of the steps would take no longer, and teach much less.)"""
@@ -72,6 +76,7 @@ class Run:
 class Comparison:
     teacher: Run
     students: dict[str, Run]  # by the name of the loss
+    cached_bytes: float | None = None  # of a token, in the cache of the teacher
 
     @property
     def differences(self) -> list[float]:
@@ -90,20 +95,37 @@ Track = Callable[[str, int], Callable[[Run], None]]
 def compare(task: Task, seed: int, track: Track) -> Comparison:
     """Train the teacher, then students that differ in the loss alone."""
     teacher = train(task, task.teacher, None, {"teacher": labels_only}, 2 * seed, track)["teacher"]
-    losses = {**LOSSES, **FROM_HIDDEN_STATES} if task.has_hidden_states else LOSSES
-    students = train(task, task.student, teacher.model, losses, 2 * seed + 1, track)
-    return Comparison(teacher.run, {name: student.run for name, student in students.items()})
+    losses: dict[str, Any] = {**LOSSES, **(FROM_HIDDEN_STATES if task.has_hidden_states else {})}
+    recipe, seed = task.student, 2 * seed + 1
+    with tempfile.TemporaryDirectory() as folder:
+        on_disk = None
+        if task.has_cache:
+            losses |= FROM_CACHE
+            inputs = (inputs for inputs, _ in recipe.batches(recipe.steps, seed))
+            cached.write(Path(folder), teacher.model, inputs, task.temperature, task.classes)
+            on_disk = cached.CachedTeacher(Path(folder))
+        students = train(task, recipe, teacher.model, losses, seed, track, on_disk)
+    runs = {name: student.run for name, student in students.items()}
+    return Comparison(teacher.run, runs, on_disk and on_disk.bytes_a_token)
 
 
 def train(
-    task: Task, recipe: Recipe, teacher: nn.Module | None, losses: dict[str, Any], seed: int, track: Track
+    task: Task,
+    recipe: Recipe,
+    teacher: nn.Module | None,
+    losses: dict[str, Any],
+    seed: int,
+    track: Track,
+    on_disk: cached.CachedTeacher | None = None,
 ) -> dict[str, Trainee]:
     """One model for each loss, alike but for that: on each batch all take a step.
 
     In turns, and each round the other way round, so that whatever else the machine does hits the times of all alike.
     """
+    teachers = dict.fromkeys(losses, teacher) | dict.fromkeys(FROM_CACHE, on_disk)
     trainees = {
-        name: Trainee(recipe, loss, None if loss is labels_only else teacher, seed) for name, loss in losses.items()
+        name: Trainee(recipe, loss, None if loss is labels_only else teachers[name], seed)
+        for name, loss in losses.items()
     }
     after_step = {name: track(name, recipe.steps) for name in losses}
     for trainee in trainees.values():
@@ -121,7 +143,13 @@ def train(
 class Trainee:
     """A model, how it is trained, and its run."""
 
-    def __init__(self, recipe: Recipe, loss: Loss | HiddenLoss, teacher: nn.Module | None, seed: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        loss: Loss | HiddenLoss | CachedLoss,
+        teacher: nn.Module | cached.CachedTeacher | None,
+        seed: int,
+    ) -> None:
         torch.manual_seed(seed)
         self.model, self.loss, self.teacher = recipe.model(), loss, teacher
         self.optimizer = torch.optim.AdamW(
@@ -157,8 +185,10 @@ class Trainee:
         self.run.step_seconds.append(_now(inputs) - started)
         self.run.losses.append(loss.item())
 
-    def given(self, model: nn.Module, inputs: Tensor) -> Any:
-        """What the loss takes, one row a token: logits, or what comes before them."""
+    def given(self, model: nn.Module | cached.CachedTeacher, inputs: Tensor) -> Any:
+        """What the loss takes, one row a token: logits, what comes before them, or what is on disk of them."""
+        if isinstance(model, cached.CachedTeacher):
+            return model.read(inputs)
         if self.loss not in FROM_HIDDEN_STATES.values():
             return model(inputs).flatten(0, -2)
         source = model.before_logits(inputs)  # type: ignore[operator]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkd.demo import memory, text
+from fastkd.demo import losses, memory, text
 from fastkd.demo.losses import labels_only
 from fastkd.demo.models import LanguageModel
 from fastkd.demo.training import Recipe, Task, compare, train
@@ -44,6 +44,7 @@ def toy_task(ids):
         temperature=2.0,
         hard_weight=0.1,
         has_hidden_states=True,
+        has_cache=True,
     )
 
 
@@ -103,9 +104,13 @@ def test_a_few_steps_agree_and_repeat(files, tokenizer):
     ids = text.encode(tokenizer, random.Random(0).sample(text.read(files, 50_000), 3))
     seen = []
     comparison = compare(toy_task(ids), seed=3, track=lambda name, steps: lambda run: seen.append(name))
-    assert seen == ["teacher"] * 4 + ["labels", "usual", "fastkd", "hidden"] * 4
+    assert seen == ["teacher"] * 4 + ["labels", "usual", "fastkd", "hidden", "cache"] * 4
     assert max(comparison.differences) < 1e-5
     assert comparison.students["hidden"].losses == pytest.approx(comparison.students["fastkd"].losses, abs=1e-5)
+    cached = comparison.students["cache"]
+    assert cached.losses != comparison.students["fastkd"].losses
+    assert cached.final == pytest.approx(comparison.students["fastkd"].final, abs=0.05)
+    assert 4 * losses.CACHED_K < comparison.cached_bytes < 5 * losses.CACHED_K
     assert comparison.teacher.final < comparison.teacher.held_out[0]
     again = compare(toy_task(ids), seed=3, track=silent)
     assert again.students["fastkd"].losses == comparison.students["fastkd"].losses
@@ -143,4 +148,5 @@ def test_a_quick_task_has_a_quarter_of_each_batch():
 def test_peak_memory_is_at_least_the_gradient():
     rows, classes = 1024, 8192
     usual, fast, hidden = (memory.peak_bytes(name, rows, classes, CPU) for name in ("usual", "fastkd", "hidden"))
-    assert hidden < 4 * rows * classes <= fast < usual
+    cached = memory.peak_bytes("cache", rows, classes, CPU)
+    assert hidden < 4 * rows * classes <= min(fast, cached) <= max(fast, cached) < usual

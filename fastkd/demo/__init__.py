@@ -10,11 +10,12 @@ import torch
 
 from fastkd import _extras
 
-# What a task needs apart from torch: the extra `demo`.
+# What every task needs apart from torch, and what each does: the extra `demo`.
+ALL_NEED = ("matplotlib", "numpy", "rich", "safetensors")
 NEEDS = {
-    "text": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers"),
-    "digits": ("matplotlib", "rich", "scikit-learn"),
-    "layers": ("matplotlib", "rich", "tokenizers"),
+    "text": (*ALL_NEED, "tokenizers"),
+    "digits": (*ALL_NEED, "scikit-learn"),
+    "layers": (*ALL_NEED, "tokenizers"),
 }
 
 

@@ -10,13 +10,8 @@ from matplotlib.figure import Figure
 from fastkd.demo.losses import CACHED_K
 from fastkd.demo.training import Comparison, Task
 
-GREY, ORANGE, BLUE, GREEN, PURPLE = (
-    "#777777",
-    "#E69F00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-)  # told apart by colour-blind readers too
+# Told apart by colour-blind readers too.
+GREY, ORANGE, BLUE, GREEN, PURPLE = "#777777", "#E69F00", "#0072B2", "#009E73", "#CC79A7"
 # The two KD curves coincide: a broad one, and a thin dashed one over it.
 STYLES: dict[str, dict[str, Any]] = {
     "labels": {"label": "labels only", "color": GREY},

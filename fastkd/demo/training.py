@@ -106,7 +106,7 @@ def compare(task: Task, seed: int, track: Track) -> Comparison:
             on_disk = cached.CachedTeacher(Path(folder))
         students = train(task, recipe, teacher.model, losses, seed, track, on_disk)
     runs = {name: student.run for name, student in students.items()}
-    return Comparison(teacher.run, runs, on_disk and on_disk.bytes_a_token)
+    return Comparison(teacher.run, runs, on_disk.bytes_a_token if on_disk else None)
 
 
 def train(

@@ -39,6 +39,7 @@ bench: install
 # Record this machine's figures, and write them into the documentation.
 bench-record: install
 	$(BIN)/python -m fastkd bench --device cpu --out benchmarks/results/cpu-$(shell uname -m).json
+	$(BIN)/python -m fastkd.bench.cache --out benchmarks/results/cache.json
 	$(BIN)/python -m fastkd.bench.docs
 
 clean:

@@ -149,6 +149,6 @@ def _fill(ids: NDArray[np.int32], log_probs: NDArray[Any], start: int, found: St
     ids[:start], ids[stop:] = -1, -1
     log_probs[:start], log_probs[stop:] = -np.inf, -np.inf
     log_probs[start:stop] = found.log_probs
-    ids[start:stop] = found.ids  # uint32 for int32, of the same bits
+    ids[start:stop] = found.ids  # uint32's padding is -1 then, and uint16's is not yet
     if found.padded:
         ids[ids == padding(found.ids)] = -1

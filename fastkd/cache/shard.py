@@ -45,18 +45,13 @@ def write_shard(path: Path, sequences: Sequence[Stored]) -> ShardEntry:
         "ids": np.concatenate([sequence.ids for sequence in sequences]),
         "log_probs": np.concatenate([sequence.log_probs for sequence in sequences]),
     }
-    heads = []
-
-    def write(part: Path) -> None:
-        save_file(tensors, part)
-        heads.append(_head(part))
-
-    publish(path, write)
+    publish(path, lambda part: save_file(tensors, part))
+    head = _head(path)
     return ShardEntry(
         file=path.name,
         bytes=path.stat().st_size,
-        head_bytes=len(heads[0]),
-        checksum=checksum(heads[0]),
+        head_bytes=len(head),
+        checksum=checksum(head),
         sequences=len(sequences),
         tokens=len(tensors["ids"]),
     )

@@ -45,6 +45,9 @@ class RestParams(ctypes.Structure):
         ("listed", ctypes.c_void_p),
         ("k", ctypes.c_int64),
         ("outcome_grad", ctypes.c_void_p),
+        ("outcomes", ctypes.c_void_p),
+        ("outcome_scale", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     ]
 
 

@@ -114,7 +114,7 @@ FAULTS = (
     Fault(
         "one row is written over the next",
         GAP,
-        ((VECTORS, "if (row.holds(first + j)) from_float(values", "if (first + j >= 0) from_float(values"),),
+        ((VECTORS, "if (row.holds(first + j)) row.data", "if (first + j >= 0) row.data"),),
     ),
     Fault(
         "the zeros past the vocabulary are one too many",

@@ -174,7 +174,7 @@ def _truncated(
     if outcome_grad is not None:
         total = g.sum(-1, keepdim=True)
         dz = torch.nn.functional.pad(g, (0, 1)).addcmul_(p_s, total, value=-1.0)
-        finite = counts & (total.squeeze(1).abs() < math.inf)  # as everywhere, no gradient of an infinite reverse KL
+        finite = counts & (total.squeeze(1).abs() != math.inf)  # as everywhere, no gradient of an infinite reverse KL
         outcome_grad.copy_(torch.where(finite.unsqueeze(1), dz * soft_scale.unsqueeze(1), 0.0))
 
 

@@ -50,6 +50,7 @@ def kd_rows(
         chosen.sparse_rows(rows, spec, listed, u, outcomes, soft_scale, hard, soft, stats, grad)
         return
     rest = torch.empty_like(soft)
+    stats.zero_()  # a backend fills what it needs, and an operator may not give what memory held
     chosen.rest_rows(rows, spec, listed, hard, rest, stats)
     z = _student_outcomes(rows.student, listed, rest, stats[:, PEAK_TEACHER], spec)
     outcome_grad = None if grad is None else torch.empty_like(z)

@@ -60,8 +60,8 @@ def write_cache(folder: Path, rows: list[dict[str, Any]]) -> None:
         print(f"the teacher goes on with row {len(writer)} of {len(rows)}")
         while len(writer) < len(rows):
             batch = cache.pad(rows[len(writer) : len(writer) + BATCH])
-            log_probs, ids = fastkd.log_softmax(teacher(batch["input_ids"]), temperature=TEMPERATURE).topk(K)
-            writer.add(batch["input_ids"], fastkd.TopK(ids, log_probs, TEMPERATURE), batch["attention_mask"].bool())
+            topk = fastkd.top_k(teacher(batch["input_ids"]), K, temperature=TEMPERATURE)
+            writer.add(batch["input_ids"], topk, batch["attention_mask"].bool())
 
 
 def batches(data: cache.CachedDataset, step: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -40,8 +40,9 @@ class Backend(Protocol):
             rest [N] = log Σ exp((z_j − c)/T) over the columns j that are not listed
 
         which is −inf, and c 0, if all are listed or −inf. ``hard`` is what ``kd_rows`` gives, and so are PEAK_STUDENT
-        and LOG_HARD; what else of ``stats`` is filled is between this and ``rest_grad``. ``rows.soft_scale`` says which
-        rows count, and nothing else. Of ``spec`` the formula and its numbers are not read.
+        and LOG_HARD; what else of ``stats``, which comes as 0, is filled is between this and ``rest_grad``.
+        ``rows.soft_scale`` says which rows count, and nothing else. Of ``spec`` the formula and its numbers are not
+        read.
 
         A backend may lack these two: the automatic choice then goes on.
         """

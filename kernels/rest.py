@@ -13,6 +13,8 @@ Bytes   an element of z, e bytes wide: rest e, and 1/8 written and read, its bit
 Grid    one program a row, or a slice of it where rows are few. What slices leave is merged in the same order always.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -174,6 +176,14 @@ def rest_grad_kernel(
         zero_columns(dz_ptr + head, n, columns, BLOCK)
 
 
+def slices_for(z, tiles) -> tuple[int, int, dict[str, Any]]:
+    """(slices of a row, columns of one, how one is launched)."""
+    outer, inner, columns = z.shape
+    gpu = gpu_of(z)
+    slices, width = slices_of(gpu, outer * inner, columns, tiles["VEC"])
+    return slices, width, launch_options(gpu, width, tiles["VEC"], heavy=slices > 1)
+
+
 def rest_rows(rows: Rows, spec: RowSpec, listed, hard, rest, stats) -> None:
     """Fill ``hard``, ``rest`` [N] and ``stats`` from the student's logits and ``listed`` [N, K]."""
     z, _, y, *scales = rows
@@ -181,9 +191,8 @@ def rest_rows(rows: Rows, spec: RowSpec, listed, hard, rest, stats) -> None:
     count = outer * inner
     if count == 0:
         return
-    gpu, tiles, n = gpu_of(z), alignment(z), spec.vocab_size
-    slices, width = slices_of(gpu, count, columns, tiles["VEC"])
-    options = launch_options(gpu, width, tiles["VEC"], heavy=slices > 1)
+    tiles, n = alignment(z), spec.vocab_size
+    slices, width, options = slices_for(z, tiles)
     block = options["BLOCK"]
     words = ((columns + tiles["VEC"]) // block + 1) * block // 32  # a walk ends with a masked tile, which may be empty
     hard_kind = hard_kind_of(spec)
@@ -212,9 +221,8 @@ def rest_grad(rows: Rows, spec: RowSpec, listed, outcome_grad, stats, grad) -> N
     count = outer * inner
     if count == 0:
         return
-    gpu, tiles = gpu_of(z), alignment(z, grad)
-    slices, width = slices_of(gpu, count, columns, tiles["VEC"])
-    options = launch_options(gpu, width, tiles["VEC"], heavy=slices > 1)
+    tiles = alignment(z, grad)
+    slices, width, options = slices_for(z, tiles)
     with device_of(z):
         rest_grad_kernel[(count, slices)](
             z, listed, outcome_grad, y, *scales, stats, grad, inner, *row_strides(z), *row_strides(grad),

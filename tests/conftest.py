@@ -22,7 +22,7 @@ sys.path.append(str(ROOT))  # for `import tests.…`
 sys.modules["kernels"] = None  # type: ignore[assignment]
 pytest.register_assert_rewrite("tests.assertions")
 
-from fastkd import _dispatch  # noqa: E402
+from fastkd import _dispatch, _linear  # noqa: E402
 from tests import interpreter  # noqa: E402
 
 
@@ -85,3 +85,17 @@ def restore_backend() -> Iterator[None]:
     before = _dispatch._override
     yield
     _dispatch._override = before
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shape of every product of matrices, as it is taken."""
+    shapes: list[torch.Size] = []
+    multiply = _linear._multiply
+
+    def record(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *factors: float) -> None:
+        shapes.append(out.shape)
+        multiply(a, b, out, *factors)
+
+    monkeypatch.setattr(_linear, "_multiply", record)
+    return shapes

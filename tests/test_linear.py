@@ -38,20 +38,6 @@ def gradients(student: LinearLogits, teacher: Any, labels: Tensor, **keys: Any) 
     return torch.autograd.grad(loss_of(student, teacher, labels, **keys).sum(), tensors(student))
 
 
-@pytest.fixture
-def multiplied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shape of every product of matrices, as it is taken."""
-    shapes: list[torch.Size] = []
-    multiply = _linear._multiply
-
-    def record(a: Tensor, b: Tensor, out: Tensor, *factors: float) -> None:
-        shapes.append(out.shape)
-        multiply(a, b, out, *factors)
-
-    monkeypatch.setattr(_linear, "_multiply", record)
-    return shapes
-
-
 @pytest.mark.parametrize(
     ("frozen", "products"),
     [((), 4), (("hidden",), 3), (("weight",), 3), (("hidden", "weight"), 2), (("hidden", "weight", "bias"), 2)],

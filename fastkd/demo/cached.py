@@ -37,5 +37,4 @@ def write(path: Path, teacher: nn.Module, inputs: Iterable[Tensor], temperature:
     """Have the teacher read all batches, and write its most probable tokens."""
     with Writer(path, k=CACHED_K, temperature=temperature, vocab_size=classes, teacher="the demo's") as writer:
         for batch in inputs:
-            log_probs, ids = fastkd.log_softmax(teacher(batch), temperature=temperature).topk(CACHED_K)
-            writer.add(batch, fastkd.TopK(ids, log_probs, temperature))
+            writer.add(batch, fastkd.top_k(teacher(batch), CACHED_K, temperature=temperature))

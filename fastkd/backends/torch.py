@@ -241,12 +241,13 @@ def _student_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tupl
 
 
 def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    """m = p_t: g = −c_s·p_s·d. Where the student has mass and the teacher none, the value is inf and the gradient 0."""
-    g = _no_nan(p_s * d).mul_(-spec.c_s)
-    value = g.sum(-1, keepdim=True)
-    residual = g.addcmul_(p_s, value, value=-1.0).nan_to_num_(0.0, 0.0, 0.0)
-    # Again, since its sum is 0, but for the rounding of a d of tens where p_s is near 1.
-    return value, _residual(residual, p_s)
+    """m = p_t: g = −c_s·p_s·(d − E_s[d]). Where the student has mass and the teacher none: inf, and a gradient of 0.
+
+    The mean goes from d, not from p_s·d: that, where p_s is near 1, has been rounded at the size of a d of tens.
+    """
+    value = _no_nan(p_s * d).sum(-1, keepdim=True).neg_()
+    slope = (d + value).nan_to_num_(0.0, 0.0, 0.0).mul_(-spec.c_s)
+    return spec.c_s * value, _residual(slope.mul_(p_s), p_s)
 
 
 def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -154,6 +155,14 @@ FUNCTORS = {
 }
 DTYPES = {"bfloat16": (r"kd_rows_kernelINS\w*8bfloat16E", 2), "float32": ("kd_rows_kernelIf", 4)}
 RESIDENT = r".*Lb1ELb1EEEv"
+# Rows that are not copied as they are: what a turn of the loop that fills shared memory then loads and stores, both
+# tensors'. Off 16 bytes: by another amount than the gradient's row.
+FILLS = {
+    "student off 16 bytes": {"LDG.E.128": 3},
+    "both off 16 bytes": {"LDG.E.128": 4},
+    "bfloat16 beside float32": {"LDG.E.128": 1, "LDG.E.64": 1},
+    "bfloat16 beside float32, both off 16 bytes": {"LDG.E.128": 2, "LDG.E.64": 2},
+}
 LIMITS = (9, 227 << 10, 228 << 10, RESERVED)  # of sm_90, as plans() takes them
 TENSORS = 2
 
@@ -172,6 +181,9 @@ def counted(code: sass.Code, walks: int, item: int) -> dict[str, Any]:
         found = total(turn, "MUFU.EX2") >= columns(turn) if exponentials else not total(turn, "MUFU", "LDGSTS")
         return columns(turn) > 0 and found and (total(turn, "STG") > 0) == stores
 
+    def is_fill(turn: Counts) -> bool:
+        return total(turn, "STS.128") == total(turn, "LDGSTS") == TENSORS and not total(turn, "MUFU")
+
     wants = (
         Want("maxima", lambda turn: is_walk(turn, exponentials=False, stores=False), turns),
         Want("sums", lambda turn: is_walk(turn, exponentials=True, stores=False), turns, walks),
@@ -187,7 +199,17 @@ def counted(code: sass.Code, walks: int, item: int) -> dict[str, Any]:
     def issued(counts: Counts) -> dict[str, int]:
         return {"issues": total(counts), "specials": total(counts, "MUFU")}
 
+    (*_, fill) = (
+        span for span in sorted(code.spans()) if is_fill(Counter(i.name for i in code.instructions[span[0] : span[1] + 1]))
+    )
+    fills = {}
+    for name, loads in FILLS.items():
+        if item == 4 or "LDG.E.64" not in loads:
+            way = sass.cheapest(code, *fill, {}, (), {**loads, "STS.128": TENSORS})
+            fills[name] = total(way.outside) / vector
+
     return {
+        "fills": fills,
         "exchanges": walks,
         "loops": [{"name": name, "columns": columns(turn), **issued(turn)} for name, turn in row.loops],
         "warp": issued(row.outside),
@@ -249,6 +271,18 @@ def table(found: dict[str, Any]) -> list[list[str]]:
             f"{per_column(kernel, grid, vocab):.1f}", *(f"{x * 1e3:.2f}" for x in every[0][1:4]),
             *(text for p in every for text in (f"{p.bytes * 1e3:.2f}", f"{p.of_copy:.0%}")),
         ])  # fmt: skip
+    return lines
+
+
+def fills_table(found: dict[str, Any], vocab: int = 128256) -> list[list[str]]:
+    """A header and a line for each kernel: instructions a column, and those of other rows times as many."""
+    lines = [["divergence", "kernel's dtype", "instructions a column", *(f"x, {name}" for name in FILLS)]]
+    for divergence, dtype, size, kernel, grid in cases(found):
+        if size == vocab:
+            aligned = per_column(kernel, grid, size)
+            fills = found["kernels"][f"{divergence} {dtype}"]["fills"]
+            more = [f"{1 + fills[name] / aligned:.2f}" if name in fills else "" for name in FILLS]
+            lines.append([divergence, dtype, f"{aligned:.1f}", *more])
     return lines
 
 

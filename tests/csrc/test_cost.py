@@ -46,3 +46,12 @@ def test_budgets(divergence: str) -> None:
         if (name, dtype) == (divergence, "bfloat16")
     }
     assert found[128256] <= BUDGETS[divergence] and found[32000] <= 1.1 * BUDGETS[divergence], found
+
+
+def test_rows_of_other_alignments_and_dtypes() -> None:
+    """Take at most 1.5 times the instructions."""
+    header, *lines = cost.fills_table(counted())
+    assert len(lines) == len(BUDGETS) * len(cost.DTYPES) and len(header) == 3 + len(cost.FILLS)
+    for line in lines:
+        ratios = [float(text) for text in line[3:] if text]
+        assert 1.0 < max(ratios) <= 1.5, line

@@ -42,6 +42,11 @@ def main(backend: str, sizes: list[int], quick: bool) -> None:
             for kind in ("mse", "cosine"):
                 leaf = student.clone().requires_grad_()
                 fastkd.hidden_loss(leaf, teacher, kind=kind, mask=labels >= 0, backend=backend).backward()
+        for tail in ("bucket", "support") if small else ("bucket",):
+            few = fastkd.top_k(teacher, 5, temperature=2.0, tail=tail)
+            leaf = student.clone().requires_grad_()
+            loss = fastkd.kd_loss(leaf, few, labels, temperature=2.0, hard_weight=0.5, backend=backend)
+            (0.5 * loss).backward()
         leaf = student.clone().requires_grad_()
         fastkd.log_softmax(leaf, temperature=2.0, backend=backend).square().sum().backward()
         torch.cuda.synchronize()

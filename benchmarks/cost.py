@@ -199,9 +199,10 @@ def counted(code: sass.Code, walks: int, item: int) -> dict[str, Any]:
     def issued(counts: Counts) -> dict[str, int]:
         return {"issues": total(counts), "specials": total(counts, "MUFU")}
 
-    (*_, fill) = (
-        span for span in sorted(code.spans()) if is_fill(Counter(i.name for i in code.instructions[span[0] : span[1] + 1]))
-    )
+    def within(span: tuple[int, int]) -> Counts:
+        return Counter(instruction.name for instruction in code.instructions[span[0] : span[1] + 1])
+
+    fill = max(span for span in code.spans() if is_fill(within(span)))
     fills = {}
     for name, loads in FILLS.items():
         if item == 4 or "LDG.E.64" not in loads:

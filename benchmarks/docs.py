@@ -36,7 +36,8 @@ def blocks() -> dict[str, str]:
     texts["cache"] = cache_speeds(json.loads(recorded.read_text())) if recorded.exists() else MISSING
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
-    texts["cost_fills"] = f"**Counted, not measured:** rows of 128256 columns\n\n{table(cost.fills_table(cost.recorded()))}"
+    fills = cost.fills_table(cost.recorded())
+    texts["cost_fills"] = f"**Counted, not measured:** rows of 128256 columns\n\n{table(fills)}"
     texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
     return texts
 

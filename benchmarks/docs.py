@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cache, cost, cost_triton, summary
+from fastkd.bench import accuracy, cache, cost, cost_triton, summary, tails
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +34,8 @@ def blocks() -> dict[str, str]:
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
     recorded = RESULTS / "cache.json"
     texts["cache"] = cache_speeds(json.loads(recorded.read_text())) if recorded.exists() else MISSING
+    learned = json.loads((RESULTS / "tails.json").read_text())
+    texts["tails"] = f"{summary.machine_line(learned['machine'])}\n\n{table(tails.table(learned))}"
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     fills = cost.fills_table(cost.recorded())

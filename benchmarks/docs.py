@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastkd.bench import accuracy, cache, cost, cost_triton, summary, tails
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("performance", "accuracy", "cache")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 OTHERS = ("eager", "torch.compile", "Liger")
 MISSING = "Not measured yet.\n"
@@ -36,6 +37,7 @@ def blocks() -> dict[str, str]:
     texts["cache"] = cache_speeds(json.loads(recorded.read_text())) if recorded.exists() else MISSING
     learned = json.loads((RESULTS / "tails.json").read_text())
     texts["tails"] = f"{summary.machine_line(learned['machine'])}\n\n{table(tails.table(learned))}"
+    texts["layers"] = layers_learned(json.loads((RESULTS / "demo-layers.json").read_text()))
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     fills = cost.fills_table(cost.recorded())
@@ -72,6 +74,17 @@ def full(results: dict[str, Any]) -> str:
 
 def cache_speeds(results: dict[str, Any]) -> str:
     return f"{summary.machine_line(results['machine'])}\n\n{table(cache.table(results))}"
+
+
+def layers_learned(results: dict[str, Any]) -> str:
+    """Held-out losses of the demo's layers task."""
+    versions = " · ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [["", "held-out loss, nats a token: mean", "of the seeds"]]
+    for name, runs in {"(the teacher)": [results["teacher"]], **results["students"]}.items():
+        finals = [list(found["held_out"].values())[-1] for found in runs]
+        span = f"{min(finals):.3f} to {max(finals):.3f}" if len(finals) > 1 else ""
+        lines.append([name, f"{statistics.mean(finals):.3f}", span])
+    return f"{results['device']} · {versions}\n\n{table(lines)}"
 
 
 def table(lines: list[list[str]]) -> str:

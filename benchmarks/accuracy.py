@@ -37,6 +37,7 @@ DIVERGENCES: dict[str, str | Divergence] = {
     "JSD(0.9)": fastkd.JSD(0.9),
     "SkewKL(0.1)": fastkd.SkewKL(0.1),
     "SkewReverseKL(0.1)": fastkd.SkewReverseKL(0.1),
+    "SymmetricKL(0.5)": fastkd.SymmetricKL(0.5),
 }
 
 
@@ -77,6 +78,9 @@ def definition(divergence: str | Divergence, student: Tensor, teacher: Tensor, t
         return -(p_t * log_s).sum(-1)
     if divergence == "tvd":
         return 0.5 * (p_t - p_s).abs().sum(-1)
+    if member.name == "symmetric_kl":
+        both = (definition(name, student, teacher, temperature) for name in ("forward_kl", "reverse_kl"))
+        return sum(c * value for c, value in zip((member.c_t, member.c_s), both, strict=True))
     shares = [math.log(w) if w else -math.inf for w in (member.w, 1.0 - member.w)]
     log_m = torch.logaddexp(log_t + shares[0], log_s + shares[1])
     terms = member.c_t * p_t * (log_t - log_m) + member.c_s * p_s * (log_s - log_m)

@@ -152,6 +152,7 @@ FUNCTORS = {
     "cross_entropy": ("CrossEntropy", 1),
     "jsd": (r"MixtureKLILb1ELb1ELNS._3MixE2E", 2),
     "tvd": ("TotalVariation", 2),
+    "symmetric_kl": ("SymmetricKL", 1),
 }
 DTYPES = {"bfloat16": (r"kd_rows_kernelINS\w*8bfloat16E", 2), "float32": ("kd_rows_kernelIf", 4)}
 RESIDENT = r".*Lb1ELb1EEEv"

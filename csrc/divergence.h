@@ -23,7 +23,7 @@ struct TermGrad {
 };
 
 // As in fastkd/_request.py; a test compares them.
-enum class Formula : int { kMixtureKL = 0, kCrossEntropy = 1, kTotalVariation = 2 };
+enum class Formula : int { kMixtureKL = 0, kCrossEntropy = 1, kTotalVariation = 2, kSymmetricKL = 3 };
 
 // What m is: compile-time structure, derived from the number w.
 enum class Mix : int { kStudent = 0, kTeacher = 1, kBoth = 2 };
@@ -36,11 +36,13 @@ struct Numbers {
     FASTKD_HD Mix mix() const { return w == 0.0f ? Mix::kStudent : w == 1.0f ? Mix::kTeacher : Mix::kBoth; }
 };
 
-// What stage 1 averages: E_t[d] or −E_s[d], a KL. It is S itself, or tells early whether the two are close.
-enum class Moment : int { kNone, kTeacherRatio, kStudentRatio };
+// What stage 1 averages: E_t[d] or −E_s[d], a KL, which is S itself or tells early whether the two are close; and
+// E_t[log t], of an entropy. A functor has one of them, and may have a second one.
+enum class Moment : int { kNone, kTeacherRatio, kStudentRatio, kTeacherLog };
 
-// What is known of G = Σ g, in the far form, before g itself: −c_t; S; or nothing, and stage 2 sums it.
-enum class GradSum : int { kConstant, kFromValue, kSummed };
+// What is known of G = Σ g, in the far form, before g itself: −c_t; c_s·KL(p_s‖p_t) − c_t, which stage 1 averages; or
+// nothing, and stage 2 sums it.
+enum class GradSum : int { kConstant, kFromMean, kSummed };
 
 // Below this a divergence of weight 1 is small: terms good to 1e-7 leave it too few digits.
 constexpr float kFewDigits = 0.05f;
@@ -72,13 +74,13 @@ template <bool kTeacherTerm, bool kStudentTerm, Mix kMix>
 struct MixtureKL {
     Numbers numbers;
 
-    static constexpr bool kEntropy = false;
     static constexpr bool kTwoSided = false;
     static constexpr bool kGradNeedsRatio = kMix != Mix::kStudent;
     static constexpr Moment kMoment = kMix == Mix::kTeacher ? Moment::kStudentRatio : Moment::kTeacherRatio;
+    static constexpr Moment kSecond = Moment::kNone;
     static constexpr bool kMeanIsValue = kMix != Mix::kBoth;
     static constexpr GradSum kGradSum = kMix == Mix::kStudent   ? GradSum::kConstant
-                                        : kMix == Mix::kTeacher ? GradSum::kFromValue
+                                        : kMix == Mix::kTeacher ? GradSum::kFromMean
                                                                 : GradSum::kSummed;
 
     static bool matches(const Numbers& n) {
@@ -151,19 +153,41 @@ struct MixtureKL {
 
 // H(p_t, p_s): forward KL plus the teacher's entropy, which has no gradient.
 struct CrossEntropy : MixtureKL<true, false, Mix::kStudent> {
-    static constexpr bool kEntropy = true;
+    static constexpr Moment kSecond = Moment::kTeacherLog;
 
     static bool matches(const Numbers& n) { return n.formula == Formula::kCrossEntropy; }
+};
+
+// c_t·KL(p_t‖p_s) + c_s·KL(p_s‖p_t), both > 0: a sum of two of the family, in one walk.
+struct SymmetricKL {
+    Numbers numbers;
+    static constexpr bool kTwoSided = false;
+    static constexpr bool kGradNeedsRatio = true;
+    static constexpr Moment kMoment = Moment::kTeacherRatio;
+    static constexpr Moment kSecond = Moment::kStudentRatio;
+    static constexpr bool kMeanIsValue = true;
+    static constexpr GradSum kGradSum = GradSum::kFromMean;
+
+    static bool matches(const Numbers& n) { return n.formula == Formula::kSymmetricKL; }
+    FASTKD_HD float weight() const { return numbers.c_t; }
+    FASTKD_HD float near_below() const { return kFewDigits * (numbers.c_t + numbers.c_s); }
+    template <bool kNear>
+    FASTKD_HD TermGrad column(float d, float p_t, float p_s) const {
+        const MixtureKL<true, false, Mix::kStudent> forward{numbers};
+        const MixtureKL<false, true, Mix::kTeacher> reverse{numbers};
+        const TermGrad a = forward.template column<kNear>(d, p_t, p_s), b = reverse.template column<kNear>(d, p_t, p_s);
+        return {a.term + b.term, a.g + b.g};
+    }
 };
 
 // Two-sided: g is p_s·[p_s > p_t] or, in the other form, less p_s, −p_s·[p_s < p_t]: the side that has less of p_s leaves
 // less to cancel. A tie is half on each.
 struct TotalVariation {
     Numbers numbers;
-    static constexpr bool kEntropy = false;
     static constexpr bool kTwoSided = true;
     static constexpr bool kGradNeedsRatio = true;
     static constexpr Moment kMoment = Moment::kTeacherRatio;
+    static constexpr Moment kSecond = Moment::kNone;
     static constexpr bool kMeanIsValue = false;
     static constexpr GradSum kGradSum = GradSum::kSummed;
 
@@ -179,10 +203,10 @@ struct TotalVariation {
 
 // Stands for the divergence where there is no soft term.
 struct NoSoftTerm {
-    static constexpr bool kEntropy = false;
     static constexpr bool kTwoSided = false;
     static constexpr bool kGradNeedsRatio = false;
     static constexpr Moment kMoment = Moment::kNone;
+    static constexpr Moment kSecond = Moment::kNone;
     static constexpr bool kMeanIsValue = false;
     static constexpr GradSum kGradSum = GradSum::kConstant;
 
@@ -210,7 +234,8 @@ using Divergences = FunctorList<MixtureKL<true, false, Mix::kStudent>,
                                 MixtureKL<true, false, Mix::kBoth>,
                                 MixtureKL<false, true, Mix::kBoth>,
                                 CrossEntropy,
-                                TotalVariation>;
+                                TotalVariation,
+                                SymmetricKL>;
 
 }  // namespace FASTKD_ISA
 }  // namespace fastkd

@@ -27,37 +27,60 @@ FASTKD_HD float log_ratio(float z, float u, float offset, float inv_t, float shi
 // T·∂D/∂z. An infinite reverse KL (G = inf) has no gradient; anywhere else G is finite, or the logits hold a NaN.
 template <class Functor>
 FASTKD_HD float soft_gradient(float g, float p_s, float grad_sum) {
-    if (Functor::kGradSum == GradSum::kFromValue && grad_sum == kInfinity) return 0.0f;
+    if (Functor::kGradSum == GradSum::kFromMean && grad_sum == kInfinity) return 0.0f;
     return g - p_s * grad_sum;
 }
 
-// What stage 1 averages for S, of one column or, of a shift of them all, of their sums: s and t are the exponentials of
+// What stage 1 averages, of one column or, of a shift of them all, of their sums: s and t are the exponentials of
 // student and teacher, x and y what z and u are above their peaks.
 template <Moment kMoment, class Real>
 FASTKD_HD Real moment_of(Real s, Real t, Real x, Real y) {
     if constexpr (kMoment == Moment::kTeacherRatio) return mul0(t, y - x);
     if constexpr (kMoment == Moment::kStudentRatio) return mul0(s, x - y);
+    if constexpr (kMoment == Moment::kTeacherLog) return mul0(t, y);
     return 0;
 }
 
 template <class Real>
-struct Value {
-    Real value;
-    bool has_digits;  // else stage 2 sums it
-    bool is_small;    // and in the near form at once
+struct Mean {
+    Real value;  // a KL
+    bool has_digits;
 };
 
-// S, or a KL that tells of its size, from that average over T, and log Σ exp of the teacher's less the student's.
-template <class Functor, class Real>
-FASTKD_HD Value<Real> value_from_mean(const Functor& functor, Real mean, Real log_ratio) {
-    const Real value = Functor::kMoment == Moment::kTeacherRatio ? mean - log_ratio : mean + log_ratio;
+// From that average over T, and log Σ exp of the teacher's less the student's.
+template <Moment kMoment, class Real>
+FASTKD_HD Mean<Real> kl_from_mean(Real mean, Real log_ratio) {
+    const Real value = kMoment == Moment::kStudentRatio ? mean + log_ratio : mean - log_ratio;
     const Real size = mean < 0 ? -mean : mean;
     // The mean is good to some 1e-7 of its size; the sum before it was divided may have overflowed.
     bool has_digits = value >= Real(0.02) * size && size < Real(kInfinity);
     // A G of thousands must be rounded as the g are from which it is subtracted.
-    if (Functor::kGradSum == GradSum::kFromValue && size > 64) has_digits = false;
+    if (kMoment == Moment::kStudentRatio && size > 64) has_digits = false;
+    return {value, has_digits};
+}
+
+template <class Real>
+struct Value {
+    Real value, grad_sum;
+    bool has_digits;  // else stage 2 sums them
+    bool is_small;    // and in the near form at once
+};
+
+// S, or a KL that tells of its size, and G in the far form, from what stage 1 averaged. ``second`` is of kSecond.
+template <class Functor, class Real>
+FASTKD_HD Value<Real> value_from_means(const Functor& functor, Real mean, Real second, Real log_ratio) {
+    const Mean<Real> kl = kl_from_mean<Functor::kMoment>(mean, log_ratio);
+    Real value = functor.weight() * kl.value;
+    Real grad_sum = Functor::kGradSum == GradSum::kFromMean ? value : -functor.weight();
+    bool has_digits = kl.has_digits;
+    if constexpr (Functor::kSecond == Moment::kStudentRatio) {
+        const Mean<Real> reverse = kl_from_mean<Functor::kSecond>(second, log_ratio);
+        grad_sum = functor.numbers.c_s * reverse.value - functor.weight();
+        value += functor.numbers.c_s * reverse.value;
+        has_digits = has_digits && reverse.has_digits;
+    }
     const Real near_below = Functor::kMeanIsValue ? functor.near_below() : kFewDigits;
-    return {functor.weight() * value, has_digits && Functor::kMeanIsValue, functor.weight() * value < near_below};
+    return {value, grad_sum, has_digits && Functor::kMeanIsValue, value < near_below};
 }
 
 struct LabelTerm {

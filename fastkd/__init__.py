@@ -7,6 +7,7 @@ from fastkd.divergences import JSD as JSD
 from fastkd.divergences import Divergence as Divergence
 from fastkd.divergences import SkewKL as SkewKL
 from fastkd.divergences import SkewReverseKL as SkewReverseKL
+from fastkd.divergences import SymmetricKL as SymmetricKL
 from fastkd.functional import KDLossParts as KDLossParts
 from fastkd.functional import kd_loss as kd_loss
 from fastkd.functional import log_softmax as log_softmax

@@ -14,6 +14,7 @@ class Formula(IntEnum):
     MIXTURE_KL = 0
     CROSS_ENTROPY = 1
     TOTAL_VARIATION = 2
+    SYMMETRIC_KL = 3
 
 
 class Mix(IntEnum):
@@ -45,6 +46,14 @@ class RowSpec(NamedTuple):
     @property
     def mix(self) -> Mix:
         return Mix.STUDENT if self.w == 0.0 else Mix.TEACHER if self.w == 1.0 else Mix.BOTH
+
+    @property
+    def summands(self) -> tuple[RowSpec, ...]:
+        """The divergences whose sum it is: of ``SYMMETRIC_KL``, two of the family; else itself."""
+        if self.formula != Formula.SYMMETRIC_KL:
+            return (self,)
+        forward = self._replace(formula=Formula.MIXTURE_KL, c_s=0.0)
+        return forward, self._replace(formula=Formula.MIXTURE_KL, c_t=0.0, w=1.0)
 
 
 class Rows(NamedTuple):

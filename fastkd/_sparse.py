@@ -123,7 +123,7 @@ def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple
         # 1 − Σp, the largest apart: 1 − p has its digits as p → 1.
         largest, at = a.max(-1, keepdim=True)
         tail = -torch.expm1(largest) - a.exp().scatter_(-1, at, 0.0).sum(-1, keepdim=True)
-        infinite = spec.formula == Formula.MIXTURE_KL and spec.mix == Mix.TEACHER
+        infinite = any(summand.mix == Mix.TEACHER for summand in spec.summands)
         tail = tail.clamp_(min=SMALLEST_TAIL if infinite else 0.0)
         none_left = (~absent).sum(-1, keepdim=True) == spec.vocab_size
         u_rest = tail.log_().masked_fill_(none_left, -math.inf)
@@ -161,14 +161,16 @@ def _truncated(
     elif spec.formula == Formula.CROSS_ENTROPY:
         term, g = -_no_nan(p_t * b), -p_t
     else:
-        c_t, c_s, w = spec.c_t, spec.c_s, spec.w
-        log_m = {Mix.STUDENT: b, Mix.TEACHER: a}.get(spec.mix)
-        if log_m is None:
-            log_m = torch.logaddexp(a + math.log(w), b + math.log1p(-w))
-        term = c_t * _no_nan(p_t * (a - log_m)) + c_s * _no_nan(of_student * (b - log_m))
-        g = c_s * _no_nan(of_student * (b - log_m + 1.0))
-        if w < 1.0:
-            g -= (1.0 - w) * _no_nan((b - log_m).exp() * (c_t * p_t + c_s * of_student))
+        term, g = torch.zeros_like(a), torch.zeros_like(a)
+        for summand in spec.summands:
+            c_t, c_s, w = summand.c_t, summand.c_s, summand.w
+            log_m = {Mix.STUDENT: b, Mix.TEACHER: a}.get(summand.mix)
+            if log_m is None:
+                log_m = torch.logaddexp(a + math.log(w), b + math.log1p(-w))
+            term += c_t * _no_nan(p_t * (a - log_m)) + c_s * _no_nan(of_student * (b - log_m))
+            g += c_s * _no_nan(of_student * (b - log_m + 1.0))
+            if w < 1.0:
+                g -= (1.0 - w) * _no_nan((b - log_m).exp() * (c_t * p_t + c_s * of_student))
     counts = soft_scale != 0
     broken = 0.0 * (p_s.sum(-1) + p_t.sum(-1))  # what _no_nan hides
     soft.copy_(torch.where(counts, term.sum(-1) + broken, 0.0))

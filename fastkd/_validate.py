@@ -121,7 +121,8 @@ def check_top_k(name: str, source: TopK, student_logits: Tensor, temperature: fl
 
 
 def check_tail(name: str, tail: str, formula: Formula, w: float) -> None:
-    if tail == "renormalize" and formula == Formula.MIXTURE_KL and w == 1.0:
+    has_reverse = formula == Formula.SYMMETRIC_KL or (formula == Formula.MIXTURE_KL and w == 1.0)
+    if tail == "renormalize" and has_reverse:
         raise ValueError(
             f"{name}.tail: got 'renormalize' with a divergence that is infinite where the teacher has no mass, as a "
             "reverse KL is; must be 'bucket', 'support' or 'truncate'"

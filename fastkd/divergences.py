@@ -16,12 +16,23 @@ from fastkd._request import Formula
 from fastkd._validate import check_real
 
 
+# Of a formula, those of its numbers that may be given.
+_NUMBERS = {
+    Formula.MIXTURE_KL: ("c_t", "c_s", "w"),
+    Formula.CROSS_ENTROPY: (),
+    Formula.TOTAL_VARIATION: (),
+    Formula.SYMMETRIC_KL: ("c_t", "c_s"),
+}
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """``c_t·KL(p_t‖m) + c_s·KL(p_s‖m)``, ``m = w·p_t + (1−w)·p_s``; or another ``formula``, which has no numbers.
+    """``c_t·KL(p_t‖m) + c_s·KL(p_s‖m)``, ``m = w·p_t + (1−w)·p_s``; or another ``formula``, with those of these
+    numbers that it has.
 
     Raises:
-        ValueError: a weight is negative, ``w`` is outside [0, 1], or the divergence would be 0 everywhere.
+        ValueError: a weight is negative, ``w`` is outside [0, 1], the divergence would be 0 everywhere, or the formula
+            has no such number.
         TypeError: one of them is no number.
     """
 
@@ -37,12 +48,15 @@ class Divergence:
         for name in ("c_t", "c_s", "w"):
             check_real(name, getattr(self, name))
             object.__setattr__(self, name, float(getattr(self, name)))
-        if self.formula != Formula.MIXTURE_KL and (self.c_t, self.c_s, self.w) != (1.0, 0.0, 0.0):
-            raise ValueError(f"formula: got {self.formula!r} with c_t, c_s or w, which it does not have")
+        for name, default in (("c_t", 1.0), ("c_s", 0.0), ("w", 0.0)):
+            if name not in _NUMBERS[self.formula] and getattr(self, name) != default:
+                raise ValueError(f"formula: got {self.formula!r} with {name}, which it does not have")
         if not (0.0 <= self.c_t < float("inf") and 0.0 <= self.c_s < float("inf")):
             raise ValueError(f"c_t, c_s: got {self.c_t}, {self.c_s}, must be finite and >= 0")
         if not 0.0 <= self.w <= 1.0:
             raise ValueError(f"w: got {self.w}, must be in [0, 1]")
+        if self.formula == Formula.SYMMETRIC_KL and not (self.c_t > 0.0 and self.c_s > 0.0):
+            raise ValueError(f"c_t, c_s: got {self.c_t}, {self.c_s}, must be > 0: without one, it is of the family")
         # KL(p‖p) = 0, so at w = 0 only c_t counts and at w = 1 only c_s.
         if self.c_t * (self.w < 1.0) + self.c_s * (self.w > 0.0) == 0.0:
             raise ValueError(f"c_t, c_s, w: got {self.c_t}, {self.c_s}, {self.w}: this divergence is 0 everywhere")
@@ -56,6 +70,7 @@ TVD = Divergence("tvd", formula=Formula.TOTAL_VARIATION)
 NAMED = {member.name: member for member in (FORWARD_KL, REVERSE_KL, CROSS_ENTROPY, TVD)}
 
 _JSD = "fastkd.JSD(beta), whose beta weighs the teacher"
+_SYMMETRIC_KL = "fastkd.SymmetricKL(forward), whose forward weighs KL(teacher‖student)"
 # What other libraries call a divergence, and what it is here.
 _ELSEWHERE = {
     "kl": "'forward_kl' is KL(teacher‖student), 'reverse_kl' KL(student‖teacher)",
@@ -68,6 +83,9 @@ _ELSEWHERE = {
     "jsd": f"it is {_JSD}",
     "skew_kl": "it is fastkd.SkewKL(lam)",
     "skew_reverse_kl": "it is fastkd.SkewReverseKL(lam)",
+    "symmetric_kl": f"it is {_SYMMETRIC_KL}",
+    "jeffreys": "half of it is fastkd.SymmetricKL(0.5)",
+    "mixed": f"it is {_SYMMETRIC_KL}",
 }
 
 
@@ -108,6 +126,24 @@ def SkewReverseKL(lam: float) -> Divergence:
     return Divergence("skew_reverse_kl", c_t=0.0, c_s=1.0, w=1.0 - lam)
 
 
+def SymmetricKL(forward: float = 0.5) -> Divergence:
+    """Both directions, ``forward·KL(p_t‖p_s) + (1−forward)·KL(p_s‖p_t)``; at 0.5 half of Jeffreys' divergence.
+
+    ``forward=1`` is forward KL and ``forward=0`` reverse KL. Where the student has mass and the teacher none it is
+    infinite and the row's soft gradient 0, as of reverse KL. Source: Kullback and Leibler (1951), On Information and
+    Sufficiency, whose divergence J is the sum of the two.
+
+    Raises:
+        ValueError: ``forward`` is outside [0, 1].
+    """
+    check_real("forward", forward)
+    if not 0.0 <= forward <= 1.0:
+        raise ValueError(f"forward: got {forward}, must be in [0, 1]")
+    if forward in (0.0, 1.0):
+        return FORWARD_KL if forward == 1.0 else REVERSE_KL
+    return Divergence("symmetric_kl", c_t=forward, c_s=1.0 - forward, formula=Formula.SYMMETRIC_KL)
+
+
 def resolve(divergence: str | Divergence) -> Divergence:
     """The divergence that a caller named, or gave.
 
@@ -122,7 +158,8 @@ def resolve(divergence: str | Divergence) -> Divergence:
     if divergence not in NAMED:
         raise ValueError(
             f"divergence: got {divergence!r}, must be one of {', '.join(map(repr, NAMED))}, "
-            "or fastkd.JSD(beta), fastkd.SkewKL(lam), fastkd.SkewReverseKL(lam), fastkd.Divergence(...)"
+            "or fastkd.JSD(beta), fastkd.SkewKL(lam), fastkd.SkewReverseKL(lam), "
+            "fastkd.SymmetricKL(forward), fastkd.Divergence(...)"
             + (f"; {_ELSEWHERE[divergence]}" if divergence in _ELSEWHERE else "")
         )
     return NAMED[divergence]

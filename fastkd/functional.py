@@ -139,8 +139,8 @@ def kd_loss(
         hard_weight: weight of the cross-entropy. Must be given with labels (0.0: they only say which rows count).
         soft_weight: weight of the divergence.
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"cross_entropy"`` (forward KL plus the teacher's entropy),
-            ``"tvd"``, :func:`fastkd.JSD`, :func:`fastkd.SkewKL`, :func:`fastkd.SkewReverseKL`, or any
-            :class:`fastkd.Divergence`.
+            ``"tvd"``, :func:`fastkd.JSD`, :func:`fastkd.SkewKL`, :func:`fastkd.SkewReverseKL`,
+            :func:`fastkd.SymmetricKL`, or any :class:`fastkd.Divergence`.
         scale_soft_by_t2: multiply the soft term, value and gradient, by T².
         label_smoothing: in [0, 1), of the cross-entropy, as in :func:`torch.nn.functional.cross_entropy`.
         ignore_index: rows with this label do not count, for either term.

@@ -9,6 +9,7 @@ Forms   A multiple of p_s added to g does not change dz = g − p_s·Σg. So the
             mixture     p_s·(c_s·x + κ·p_t/m), κ = c_s·w − c_t·(1−w), which is 0 for every Jensen-Shannon divergence;
                         x = −log1p(w/(1−w)·exp(d))          x = −log1p(w·expm1(d)), and p_t/m less 1
             tvd         p_s where p_s > p_t                 −p_s where p_s < p_t; whichever has the smaller sum
+        The symmetric KL has the sum of the first two.
 Exact   A term near 0 has all its digits: the masses m − p are added, which sum to 0 over a row, so that every term is
         >= 0 and the rounding of the normalisers cancels, and it is summed by series where d is small.
 Rules   0·log 0 = 0 and 0·inf = 0. d may be NaN where both sides are −inf: minimum and maximum drop a NaN; a product
@@ -25,9 +26,10 @@ MIX_TEACHER = tl.constexpr(int(Mix.TEACHER))
 MIX_BOTH = tl.constexpr(int(Mix.BOTH))
 CROSS_ENTROPY = tl.constexpr(int(Formula.CROSS_ENTROPY))
 TOTAL_VARIATION = tl.constexpr(int(Formula.TOTAL_VARIATION))
+SYMMETRIC_KL = tl.constexpr(int(Formula.SYMMETRIC_KL))
 
-# Whose mean of d stage 1 takes, so that S is known after one walk: E_t[d], −E_s[d], or none: stage 2 sums S and G.
-MOMENT_NONE, MOMENT_TEACHER, MOMENT_STUDENT = range(3)
+# Whose mean of d stage 1 takes, so that S is known after one walk: E_t[d], −E_s[d], both; or none: stage 2 sums S, G.
+MOMENT_NONE, MOMENT_TEACHER, MOMENT_STUDENT, MOMENT_BOTH = range(4)
 
 FAR, NEAR = tl.constexpr(0), tl.constexpr(1)  # the forms of g
 SMALL = tl.constexpr(0.5)  # abs(d) of the series
@@ -143,7 +145,7 @@ def ratio(
         if FORM == NEAR:
             larger -= 1.0
         return c_t * larger
-    elif MIX == MIX_TEACHER:
+    elif MIX == MIX_TEACHER or FORMULA == SYMMETRIC_KL:  # of this the part in p_s·d
         return -c_s * tl.maximum(tl.minimum(d, 1e30), -HUGE)  # above p_s is 0, and below, in an infinite row, c_s
     else:
         if FORM == NEAR:
@@ -166,6 +168,8 @@ def exact_term(b, d, p_t, p_s, c_t, c_s, w, FORMULA: tl.constexpr, MIX: tl.const
         return -mul0(p_t, b)
     elif FORMULA == TOTAL_VARIATION:
         return 0.5 * tl.abs(excess_of_teacher(d, p_t, p_s))
+    elif FORMULA == SYMMETRIC_KL:
+        return c_t * bregman(p_t, d, p_s) + c_s * bregman(p_s, -d, p_t)
     elif MIX == MIX_STUDENT:
         return c_t * bregman(p_t, d, p_s)
     elif MIX == MIX_TEACHER:
@@ -188,4 +192,6 @@ def near_limit(c_t, c_s, w):
 def moment_rule(formula: int, mix: int) -> int:
     if formula == Formula.TOTAL_VARIATION or mix == Mix.BOTH:
         return MOMENT_NONE
+    if formula == Formula.SYMMETRIC_KL:
+        return MOMENT_BOTH
     return MOMENT_TEACHER if mix == Mix.STUDENT else MOMENT_STUDENT

@@ -204,12 +204,12 @@ def kd_rows_kernel(
             anchor = 0.0
             if LABELS:  # before stage 1, whose barriers keep it from other warps' stores where dz is z
                 z_y, anchor = label_logit(z_row, label, head)
-            z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
+            z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z = slice_state(
                 z_row, u_row, head, length, label, k, anchor,
                 FORMULA, MOMENT, POWER, SMOOTH, HARD, SOFT, BLOCK, VEC, PEEL,
             )  # fmt: skip
-            z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
-                z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k, FORMULA, MOMENT, SMOOTH, HARD, SOFT
+            z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z = merged(
+                z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z, k, FORMULA, MOMENT, SMOOTH, HARD, SOFT
             )
             z_shift, u_shift, log_s, log_r = normalisers(z_peak, u_peak, sum_s, sum_t, SOFT)
             hard = 0.0
@@ -234,7 +234,7 @@ def kd_rows_kernel(
                     )
                 elif FORMULA != TOTAL_VARIATION:
                     soft, grad_sum, has_digits = from_moment(
-                        z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_r, inv_t, c_t, c_s, FORMULA, MOMENT
+                        z_shift, u_shift, sum_s, sum_t, moment, second, log_s, log_r, inv_t, c_t, c_s, FORMULA, MOMENT
                     )
                 if not has_digits:
                     sum_term, sum_far, sum_near, sum_excess = slice_exact_sums(
@@ -291,12 +291,12 @@ def slice_state_kernel(
             u_ptr += row_start(row, inner_rows, u_outer, u_inner) + start // (PER * VEC)
         else:
             u_ptr += align(row_start(row, inner_rows, u_outer, u_inner), VEC, PEEL)[0] + start
-    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = slice_state(
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z = slice_state(
         z_ptr + start, u_ptr, head, length, label, k, anchor,
         FORMULA, MOMENT, POWER, SMOOTH, HARD, SOFT, BLOCK, VEC, PEEL,
     )  # fmt: skip
-    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
-        z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k, FORMULA, MOMENT, SMOOTH, HARD, SOFT
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z = merged(
+        z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z, k, FORMULA, MOMENT, SMOOTH, HARD, SOFT
     )
     states_ptr += (row * tl.num_programs(1) + part) * STATE
     tl.store(states_ptr, z_peak)
@@ -305,7 +305,7 @@ def slice_state_kernel(
     tl.store(states_ptr + 3, sum_s)
     tl.store(states_ptr + 4, sum_t)
     tl.store(states_ptr + 5, moment)
-    tl.store(states_ptr + 6, mean_z)
+    tl.store(states_ptr + 6, second)
     tl.store(states_ptr + 7, sum_z)
     tl.store(states_ptr + 8, tl.where(label < 0, 0.0, z_y))
 
@@ -320,13 +320,13 @@ def merged_state(
     part = tl.arange(0, MAX)
     there = part < slices
     ptrs = states_ptr + (row * slices + part) * STATE
-    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z = merged(
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z = merged(
         tl.load(ptrs, there, -float("inf")), tl.load(ptrs + 1, there, -float("inf")),
         tl.load(ptrs + 2, there, 0.0), tl.load(ptrs + 3, there, 0.0), tl.load(ptrs + 4, there, 0.0),
         tl.load(ptrs + 5, there, 0.0), tl.load(ptrs + 6, there, 0.0), tl.load(ptrs + 7, there, 0.0),
         k, FORMULA, MOMENT, SMOOTH, HARD, SOFT,
     )  # fmt: skip
-    return z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, tl.sum(tl.load(ptrs + 8, there, 0.0), 0)
+    return z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z, tl.sum(tl.load(ptrs + 8, there, 0.0), 0)
 
 
 @triton.jit(**FREE)
@@ -344,13 +344,13 @@ def slice_sums_kernel(
         return
     slices = tl.num_programs(1)
     inv_t = 1.0 / temperature
-    z_peak, u_peak, _, sum_s, sum_t, moment, mean_z, _, _ = merged_state(
+    z_peak, u_peak, _, sum_s, sum_t, moment, second, _, _ = merged_state(
         states_ptr, row, slices, inv_t * LOG2_E, FORMULA, MOMENT, False, False, True, MAX
     )
     z_shift, u_shift, log_s, log_r = normalisers(z_peak, u_peak, sum_s, sum_t, True)
     if MIX != MIX_BOTH and FORMULA != TOTAL_VARIATION:
         _, _, has_digits = from_moment(
-            z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_r, inv_t, c_t, c_s, FORMULA, MOMENT
+            z_shift, u_shift, sum_s, sum_t, moment, second, log_s, log_r, inv_t, c_t, c_s, FORMULA, MOMENT
         )
         if has_digits:
             return
@@ -407,7 +407,7 @@ def slice_gradient_kernel(
     form = 0.0
     rest = 0.0
     if FROM_STATES:
-        z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, z_y = merged_state(
+        z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z, z_y = merged_state(
             states_ptr, row, slices, inv_t * LOG2_E, FORMULA, MOMENT, SMOOTH, HARD, SOFT, MAX
         )
         z_shift, u_shift, log_s, log_r = normalisers(z_peak, u_peak, sum_s, sum_t, SOFT)
@@ -422,7 +422,7 @@ def slice_gradient_kernel(
             has_digits = False
             if MIX != MIX_BOTH and FORMULA != TOTAL_VARIATION:
                 soft, grad_sum, has_digits = from_moment(
-                    z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_r, inv_t, c_t, c_s, FORMULA, MOMENT
+                    z_shift, u_shift, sum_s, sum_t, moment, second, log_s, log_r, inv_t, c_t, c_s, FORMULA, MOMENT
                 )
             if not has_digits:
                 at = tl.arange(0, MAX)

@@ -3,7 +3,8 @@
 State   of a slice, and by :func:`merged` of several, in lanes, programs or ranks: the peaks of z and u (−inf of
         nothing); relative to them Σ exp(z − peak) without the label's column, Σ exp((z − peak)/T),
         Σ exp((u − peak)/T) and the moment, which is the sum of one side's exponentials times the difference of z and u
-        above their peaks; Σ exp((u − peak)/T)·(z − peak); Σ z − anchor.
+        above their peaks; a second one, the other side's or, of a cross-entropy, Σ exp((u − peak)/T)·(z − peak);
+        Σ z − anchor.
 Sums    of a slice, given the row's normalisers: S, and G in both forms of g. They are added.
 Walks   A slice begins at ``ptr`` with ``head`` columns that are not the row's and ends before ``length``; ``label`` is
         its column of the label, −1 if it has none. All three count from ``ptr``.
@@ -21,6 +22,7 @@ from fastkd.kernels.divergence import (
     MIX_STUDENT,
     MIX_TEACHER,
     NEAR,
+    SYMMETRIC_KL,
     TOTAL_VARIATION,
     exact_term,
     excess_of_teacher,
@@ -51,6 +53,7 @@ from fastkd.kernels.lse import (
 
 OF_NONE = tl.constexpr(divergence.MOMENT_NONE)
 OF_STUDENT = tl.constexpr(divergence.MOMENT_STUDENT)
+OF_BOTH = tl.constexpr(divergence.MOMENT_BOTH)
 # Below this a divergence has too few digits if what it is averaged from is good to 1e-7.
 FEW_DIGITS = tl.constexpr(0.05)
 
@@ -68,7 +71,7 @@ def slice_state(
     sum_s = of_lanes(0.0, BLOCK, VEC)
     sum_t = of_lanes(0.0, BLOCK, VEC)
     moment = of_lanes(0.0, BLOCK, VEC)
-    mean_z = of_lanes(0.0, BLOCK, VEC)
+    second = of_lanes(0.0, BLOCK, VEC)
     sum_z = of_lanes(0.0, BLOCK, VEC)
     apart = tile_apart(label, length, BLOCK, PEEL)
     for masked in tl.static_range(2):
@@ -97,8 +100,11 @@ def slice_state(
                 if MOMENT != OF_NONE:
                     moment = rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT)
                     moment += lane_sum(moment_of(s, t, x, v, MOMENT))
+                if MOMENT == OF_BOTH:
+                    second = rescaled_moment(second, sum_s, sum_t, z_drop, u_drop, by_s, by_t, OF_STUDENT)
+                    second += lane_sum(moment_of(s, t, x, v, OF_STUDENT))
                 if FORMULA == CROSS_ENTROPY:
-                    mean_z = mul0(by_t, mean_z + mul0(sum_t, z_drop)) + lane_sum(mul0(t, x))
+                    second = mul0(by_t, second + mul0(sum_t, z_drop)) + lane_sum(mul0(t, x))
                 sum_s = sum_s * by_s + lane_sum(s)
                 sum_t = sum_t * by_t + lane_sum(t)
             if HARD:
@@ -116,12 +122,12 @@ def slice_state(
                 if masked:
                     above = tl.where(inside(tile, head, length, BLOCK, VEC), above, 0.0)
                 sum_z += lane_sum(above)
-    return z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z
+    return z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z
 
 
 @triton.jit
 def merged(
-    z_peak, u_peak, sum_h, sum_s, sum_t, moment, mean_z, sum_z, k,
+    z_peak, u_peak, sum_h, sum_s, sum_t, moment, second, sum_z, k,
     FORMULA: tl.constexpr, MOMENT: tl.constexpr, SMOOTH: tl.constexpr, HARD: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     """The one state of many, along their only axis; what the structure does without is 0."""
@@ -132,7 +138,7 @@ def merged(
     total_s = 0.0
     total_t = 0.0
     total_moment = 0.0
-    total_mean = 0.0
+    total_second = 0.0
     total_z = 0.0
     if HARD:
         total_h = tl.sum(sum_h * tl.exp2(z_drop * LOG2_E), 0)
@@ -145,11 +151,13 @@ def merged(
         by_t = tl.exp2(u_drop * k)
         if MOMENT != OF_NONE:
             total_moment = tl.sum(rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT), 0)
+        if MOMENT == OF_BOTH:
+            total_second = tl.sum(rescaled_moment(second, sum_s, sum_t, z_drop, u_drop, by_s, by_t, OF_STUDENT), 0)
         if FORMULA == CROSS_ENTROPY:
-            total_mean = tl.sum(mul0(by_t, mean_z + mul0(sum_t, z_drop)), 0)
+            total_second = tl.sum(mul0(by_t, second + mul0(sum_t, z_drop)), 0)
         total_s = tl.sum(sum_s * by_s, 0)
         total_t = tl.sum(sum_t * by_t, 0)
-    return z_top, u_top, total_h, total_s, total_t, total_moment, total_mean, total_z
+    return z_top, u_top, total_h, total_s, total_t, total_moment, total_second, total_z
 
 
 @triton.jit
@@ -196,7 +204,7 @@ def log1p_positive(x):
 
 @triton.jit
 def from_moment(
-    z_shift, u_shift, sum_s, sum_t, moment, mean_z, log_s, log_r, inv_t, c_t, c_s,
+    z_shift, u_shift, sum_s, sum_t, moment, second, log_s, log_r, inv_t, c_t, c_s,
     FORMULA: tl.constexpr, MOMENT: tl.constexpr,
 ):  # fmt: skip
     """(S, G in the far form, whether they have digits) where stage 1 knows them.
@@ -205,24 +213,31 @@ def from_moment(
     alone gives NaN where the other's exponential is 0, and a finite mean may come from a sum that is not. Nor do logits
     whose exponents overflow before they are compared, which the near form can take.
     """
-    if MOMENT == OF_STUDENT:
-        mean = moment / sum_s * inv_t
-        value = mean + log_r
-        soft = c_s * value
-        grad_sum = soft
-        bound = 8.0  # a large G must be rounded as the g are from which it is subtracted
-    else:
-        mean = moment / sum_t * inv_t
-        value = mean - log_r
-        soft = c_t * value
-        grad_sum = -c_t
-        bound = 1e30
-    has_digits = (value >= FEW_DIGITS + 0.02 * tl.abs(mean)) & (tl.abs(mean) < bound)
-    has_digits &= (tl.abs(z_shift) < 1e30) & (tl.abs(u_shift) < 1e30)
+    has_digits = (tl.abs(z_shift) < 1e30) & (tl.abs(u_shift) < 1e30)
+    soft = 0.0
+    grad_sum = 0.0
+    if MOMENT != OF_STUDENT:
+        value, is_good = kl_from_mean(moment / sum_t * inv_t, -log_r, 1e30)
+        soft += c_t * value
+        grad_sum -= c_t
+        has_digits &= is_good
+    if MOMENT == OF_STUDENT or MOMENT == OF_BOTH:
+        # A large G must be rounded as the g are from which it is subtracted.
+        sum = second if MOMENT == OF_BOTH else moment
+        value, is_good = kl_from_mean(sum / sum_s * inv_t, log_r, 8.0)
+        soft += c_s * value
+        grad_sum += c_s * value
+        has_digits &= is_good
     if FORMULA == CROSS_ENTROPY:
-        soft = log_s - mean_z / sum_t * inv_t
-        has_digits &= tl.abs(soft) < bound
+        soft = log_s - second / sum_t * inv_t
+        has_digits &= tl.abs(soft) < 1e30
     return soft, grad_sum, has_digits
+
+
+@triton.jit
+def kl_from_mean(mean, log_r, bound):
+    value = mean + log_r
+    return value, (value >= FEW_DIGITS + 0.02 * tl.abs(mean)) & (tl.abs(mean) < bound)
 
 
 @triton.jit
@@ -291,6 +306,8 @@ def slice_exact_sums(
                 sum_excess += lane_sum(excess_of_teacher(d, p_t, p_s))
             if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
                 sum_near += lane_sum(-c_t * excess_of_teacher(d, p_t, p_s))
+                if FORMULA == SYMMETRIC_KL:
+                    sum_near += lane_sum(mul0(p_s, -c_s * d))  # infinite where that is
             else:
                 d2_r = d * LOG2_E + log2_r
                 if not FAR_KNOWN:
@@ -314,6 +331,8 @@ def from_exact_sums(
         return soft, sum_near, 1.0
     # An error δ of d in all columns adds c·δ²/2 to S, and −c·δ to Σ g, which is δ's alone where S is small enough.
     c = c_t * (1.0 - w) * (1.0 - w) + c_s * w * w
+    if FORMULA == SYMMETRIC_KL:
+        c = c_t + c_s
     if MIX == MIX_TEACHER:
         of_rounding = sum_far - soft
     else:
@@ -373,6 +392,7 @@ def slice_gradient(
             t_at, of_t = rounded_normaliser(u_shift, log_s + log_r, k)
             common *= of_s
             c_t *= of_t
+            c_s *= of_s
             power_scale *= integer_power(of_s, POWER)
     apart = tile_apart(label, length, BLOCK, PEEL)
     for masked in tl.static_range(1, -1, -1):
@@ -406,6 +426,8 @@ def slice_gradient(
                 if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
                     if FORM == NEAR:
                         p_t = excess_of_teacher(d, p_t, p_s)
+                    if FORMULA == SYMMETRIC_KL:
+                        factor += ratio(d, 0.0, c_t, c_s, w, FORMULA, MIX, BALANCED, FORM, FAST_LOG)
                     dz = p_s * factor - c_t * p_t
                 else:
                     d2_r = (v - x) * k + far_shift

@@ -63,10 +63,11 @@ DIVERGENCES = {
     "jsd(0.9)": Member(fastkd.JSD(0.9), reference.jsd(0.9)),
     "skew_kl(0.1)": Member(fastkd.SkewKL(0.1), reference.skew_kl(0.1)),
     "skew_reverse_kl(0.1)": Member(fastkd.SkewReverseKL(0.1), reference.skew_reverse_kl(0.1)),
+    "symmetric_kl(0.3)": Member(fastkd.SymmetricKL(0.3), reference.symmetric_kl(0.3)),
     "mine": Member(Divergence("mine", c_t=0.3, c_s=0.7, w=0.25), reference.family(0.3, 0.7, 0.25)),
 }
 # One of each structure (is the mixture the student, the teacher or both) and of each formula.
-STRUCTURES = ("forward_kl", "reverse_kl", "cross_entropy", "tvd", "jsd(0.5)")
+STRUCTURES = ("forward_kl", "reverse_kl", "cross_entropy", "tvd", "jsd(0.5)", "symmetric_kl(0.3)")
 
 
 class Inputs(NamedTuple):

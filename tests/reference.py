@@ -44,6 +44,17 @@ def reverse_kl(log_t: Tensor, log_s: Tensor) -> Tensor:
     return torch.where(infinite, math.inf, kl(log_s.exp(), log_s, finite_log_t))
 
 
+def symmetric_kl(forward: float) -> Divergence:
+    """Both directions. An infinite reverse one leaves the row no gradient at all."""
+
+    def divergence(log_t: Tensor, log_s: Tensor) -> Tensor:
+        reverse = reverse_kl(log_t, log_s)
+        both = forward * forward_kl(log_t, log_s) + (1.0 - forward) * reverse
+        return torch.where(reverse == math.inf, math.inf, both)
+
+    return divergence
+
+
 def cross_entropy(log_t: Tensor, log_s: Tensor) -> Tensor:
     p_t = log_t.exp()
     return -(p_t * torch.where(p_t > 0, log_s, 0.0)).sum(-1)
@@ -87,6 +98,11 @@ def family(c_t: float, c_s: float, w: float) -> Divergence:
     return divergence
 
 
+def is_infinite_without_mass(divergence: Divergence) -> bool:
+    """Of the teacher's where the student has some, as reverse KL is."""
+    return bool(divergence(torch.tensor([0.0, -math.inf]), torch.tensor([0.5, 0.5]).log()) == math.inf)
+
+
 class Listed(NamedTuple):
     """A teacher who lists K tokens of a row."""
 
@@ -104,7 +120,7 @@ def listed_divergence(divergence: Divergence, teacher: Listed, z: Tensor) -> Ten
         outside = torch.ones_like(z, dtype=torch.bool)
         outside[ids] = False
         if outside.any():
-            least = 2.0**-24 if divergence is reverse_kl else 0.0
+            least = 2.0**-24 if is_infinite_without_mass(divergence) else 0.0
             rest = (1.0 - log_t.exp().sum()).clamp(min=least)
             log_t = torch.cat((log_t, rest.log().reshape(1)))
             log_s = torch.cat((log_s, torch.logsumexp(log_q[outside], -1, keepdim=True)))

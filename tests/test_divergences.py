@@ -50,6 +50,10 @@ def test_jsd_weighs_the_teacher() -> None:
         torch.testing.assert_close(limit, fastkd.kd_loss(student, teacher, divergence=name), rtol=1e-5, atol=0.0)
 
 
+def test_symmetric_kl_at_its_ends() -> None:
+    assert fastkd.SymmetricKL(1) is divergences.FORWARD_KL and fastkd.SymmetricKL(0.0) is divergences.REVERSE_KL
+
+
 def test_skew_at_zero() -> None:
     """Without skew, forward and reverse KL."""
     student, teacher = torch.randn(2, 4, 9, dtype=torch.float64)
@@ -60,7 +64,11 @@ def test_skew_at_zero() -> None:
 
 @pytest.mark.parametrize(
     ("make", "argument", "value"),
-    [(fastkd.JSD, "beta", value) for value in (-0.1, 1.1, math.nan, math.inf)]
+    [
+        (make, name, value)
+        for make, name in ((fastkd.JSD, "beta"), (fastkd.SymmetricKL, "forward"))
+        for value in (-0.1, 1.1, math.nan, math.inf)
+    ]
     + [
         (make, "lam", value)
         for make in (fastkd.SkewKL, fastkd.SkewReverseKL)
@@ -94,7 +102,8 @@ def test_bad_coefficient(argument: str, value: float) -> None:
 
 
 def test_not_a_number() -> None:
-    for make, argument in ((fastkd.JSD, "beta"), (fastkd.SkewKL, "lam"), (fastkd.SkewReverseKL, "lam")):
+    for make, argument in ((fastkd.JSD, "beta"), (fastkd.SkewKL, "lam"), (fastkd.SkewReverseKL, "lam"),
+                           (fastkd.SymmetricKL, "forward")):  # fmt: skip
         with pytest.raises(TypeError, match=f"^{argument}: got NoneType, must be a number"):
             make(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^c_t: got str, must be a number"):
@@ -104,8 +113,12 @@ def test_not_a_number() -> None:
 def test_bad_formula() -> None:
     with pytest.raises(ValueError, match="7 is not a valid Formula"):
         fastkd.Divergence("bad", formula=7)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^formula: got .*TOTAL_VARIATION.* with c_t, c_s or w"):
+    with pytest.raises(ValueError, match=r"^formula: got .*TOTAL_VARIATION.* with c_t, which it does not have"):
         fastkd.Divergence("bad", c_t=3.0, formula=Formula.TOTAL_VARIATION)
+    with pytest.raises(ValueError, match=r"^formula: got .*SYMMETRIC_KL.* with w"):
+        fastkd.Divergence("bad", c_s=1.0, w=0.5, formula=Formula.SYMMETRIC_KL)
+    with pytest.raises(ValueError, match=r"^c_t, c_s: got 1.0, 0.0, must be > 0"):
+        fastkd.Divergence("bad", formula=Formula.SYMMETRIC_KL)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])

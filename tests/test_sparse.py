@@ -16,7 +16,10 @@ from fastkd import LinearLogits, TopK, _labels, _linear
 from tests.cases import without_last
 
 BOTH = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
-DIVERGENCES = ["forward_kl", "reverse_kl", "tvd", fastkd.JSD(0.5), fastkd.SkewKL(0.1), fastkd.SkewReverseKL(0.1)]
+DIVERGENCES = [
+    "forward_kl", "reverse_kl", "tvd", fastkd.JSD(0.5), fastkd.SkewKL(0.1), fastkd.SkewReverseKL(0.1),
+    fastkd.SymmetricKL(0.3),
+]  # fmt: skip
 
 
 def top_k_of(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -98,7 +98,7 @@ class Row {
         const int64_t row_floats = p_.from_stats ? kTile : tiles_of(n_) * kTile;
         for (float** part : {&e_s_, &e_t_, &e_h_}) *part = scratch, scratch += row_floats;
         for (float** part : {&z_tile_, &u_tile_, &dz_tile_}) *part = scratch, scratch += kTile;
-        for (float** part : {&z_peaks_, &u_peaks_, &sum_s_, &sum_t_, &sum_h_, &moment_, &entropy_, &by_s_, &by_t_, &by_h_})
+        for (float** part : {&z_peaks_, &u_peaks_, &sum_s_, &sum_t_, &sum_h_, &moment_, &second_, &by_s_, &by_t_, &by_h_})
             *part = scratch, scratch += tiles_of(n_);
     }
 
@@ -155,10 +155,10 @@ class Row {
         if (at + 1 < tile.n) f(at + 1, tile.n, false);
     }
 
-    template <Hard kHard, Moment kMoment, bool kEntropy>
+    template <Hard kHard, Moment kMoment, Moment kSecond>
     void exponentials_of(const Tile& t, int first, int end, float z_shift, float u_shift, float h_shift, int64_t to,
                          ExpSums& sums) const {
-        exponentials<kSoft, kHard, kMoment, kEntropy>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
+        exponentials<kSoft, kHard, kMoment, kSecond>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
                                             e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums);
     }
 
@@ -185,13 +185,13 @@ class Row {
                 around_label(t, [&](int first, int end, bool is_label) {
                     const float others = sums.hard;
                     const float z_shift = shift_of(z_peaks_[i]), u_shift = shift_of(u_peaks_[i]);
-                    exponentials_of<hard.value, Functor::kMoment, Functor::kEntropy>(t, first, end, z_shift, u_shift,
-                                                                                     z_shift, t.at, sums);
+                    exponentials_of<hard.value, Functor::kMoment, Functor::kSecond>(t, first, end, z_shift, u_shift,
+                                                                                    z_shift, t.at, sums);
                     if (is_label) sums.hard = others;
                 });
             });
             sum_s_[i] = sums.s, sum_t_[i] = sums.t, sum_h_[i] = sums.hard;
-            moment_[i] = sums.moment, entropy_[i] = sums.entropy;
+            moment_[i] = sums.moment, second_[i] = sums.second;
         }
         z_peak_ = z_peak;
         u_peak_ = u_peak;
@@ -229,10 +229,11 @@ class Row {
 
     // S and G, by the mean that stage 1 took or by stage 2.
     void finish_soft() {
-        Value<double> sum = {0.0, false, false};
+        Value<double> sum = {0.0, 0.0, false, false};
+        const double second = mean<Functor::kSecond>(second_);
         if constexpr (Functor::kMoment != Moment::kNone)
-            sum = value_from_mean(functor_, mean<Functor::kMoment>(moment_), log_sums_);
-        base_.grad_sum = Functor::kGradSum == GradSum::kConstant ? -functor_.weight() : static_cast<float>(sum.value);
+            sum = value_from_means(functor_, mean<Functor::kMoment>(moment_), second, log_sums_);
+        base_.grad_sum = static_cast<float>(sum.grad_sum);
         if (!sum.has_digits && !sum.is_small) {
             sum.value = stage2<false>();
             sum.is_small = sum.value < functor_.near_below();
@@ -250,7 +251,7 @@ class Row {
                 }
             }
         }
-        if constexpr (Functor::kEntropy) sum.value += std::log(total_t_) - mean<Moment::kTeacherRatio>(entropy_);
+        if constexpr (Functor::kSecond == Moment::kTeacherLog) sum.value += std::log(total_t_) - second;
         p_.soft[row_] = static_cast<float>(sum.value < 0.0 ? 0.0 : sum.value);
         float* stats = p_.stats + row_ * kNumStats;
         stats[kLogRatio] = static_cast<float>(log_sums_);
@@ -261,11 +262,11 @@ class Row {
     // A mean of what stage 1 summed, over T: relative to the row's peaks instead of each tile's.
     template <Moment kMoment>
     double mean(const float* sums) const {
+        if constexpr (kMoment == Moment::kNone) return 0.0;
         constexpr bool kByStudent = kMoment == Moment::kStudentRatio;
         double sum = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
-            const bool of_teacher_alone = sums == entropy_;
-            const double z = of_teacher_alone ? 0.0 : shift_of(z_peaks_[i]) - shift_of(z_peak_);
+            const double z = shift_of(z_peaks_[i]) - shift_of(z_peak_);
             const double u = shift_of(u_peaks_[i]) - shift_of(u_peak_);
             const double of_shift = moment_of<kMoment>(double{sum_s_[i]}, double{sum_t_[i]}, z, u);
             sum += mul0(double{kByStudent ? by_s_[i] : by_t_[i]}, sums[i] + of_shift);
@@ -332,7 +333,7 @@ class Row {
             with_hard<kSoft>(hard_mode_, [&](auto hard) {
                 if constexpr (kFromStats) {
                     ExpSums sums;
-                    exponentials_of<hard.value, Moment::kNone, false>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, sums);
+                    exponentials_of<hard.value, Moment::kNone, Moment::kNone>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, sums);
                     if constexpr (kSource == GradSource::kKept) {
                         TermSums terms;
                         if (near_)
@@ -366,7 +367,7 @@ class Row {
     int64_t label_;
     // Kept exponentials, tiles as float, and the tiles' shifts, sums and factors.
     float *e_s_, *e_t_, *e_h_, *z_tile_, *u_tile_, *dz_tile_;
-    float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *entropy_, *by_s_, *by_t_, *by_h_;
+    float *z_peaks_, *u_peaks_, *sum_s_, *sum_t_, *sum_h_, *moment_, *second_, *by_s_, *by_t_, *by_h_;
     float z_peak_ = 0.0f, u_peak_ = 0.0f;
     double sum_z_ = 0.0, total_s_ = 1.0, total_t_ = 1.0, total_h_ = 1.0, log_sums_ = 0.0, excess_ = 0.0;
     float z_y_ = 0.0f, rest_ = 0.0f;

@@ -46,16 +46,16 @@ FASTKD_TILE_LOOP inline float sum_of_exp(const float* x, int n, float shift, flo
 }
 
 struct ExpSums {
-    float s = 0.0f, t = 0.0f, hard = 0.0f, moment = 0.0f, entropy = 0.0f;
+    float s = 0.0f, t = 0.0f, hard = 0.0f, moment = 0.0f, second = 0.0f;
 };
 
 // Stage 1: the exponentials of a tile, and their sums.
 //   e_s = exp((z − z_shift)/T), e_t = exp((u − u_shift)/T); e_h = exp(z − h_shift), kept only if it is no power of e_s
-template <bool kSoft, Hard kHard, Moment kMoment, bool kEntropy>
+template <bool kSoft, Hard kHard, Moment kMoment, Moment kSecond>
 FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n, float z_shift, float u_shift,
                                           float h_shift, float k, float* e_s, float* e_t, float* e_h, ExpSums& sums) {
-    float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f, entropy = 0.0f;
-#pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment, entropy)
+    float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f, second = 0.0f;
+#pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment, second)
     for (int j = 0; j < n; ++j) {
         const float z_j = z[j] - z_shift;
         float s = 0.0f;
@@ -68,7 +68,7 @@ FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n,
             sum_s += s;
             sum_t += t;
             moment += moment_of<kMoment>(s, t, z_j, u_j);
-            if constexpr (kEntropy) entropy += mul0(t, u_j);
+            if constexpr (kSecond != Moment::kNone) second += moment_of<kSecond>(s, t, z_j, u_j);
         }
         if constexpr (kHard == Hard::kOwn) {
             const float h = exp(z[j] - h_shift);
@@ -82,7 +82,7 @@ FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n,
     sums.t += sum_t;
     sums.hard += sum_h;
     sums.moment += moment;
-    sums.entropy += entropy;
+    sums.second += second;
 }
 
 // What turns a tile's exponentials into probabilities, and the numbers of stages 2 and 3.

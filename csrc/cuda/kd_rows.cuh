@@ -233,7 +233,6 @@ struct KDRow {
             row.lse_s = log2f(state.s) + z_rounding;
             row.sums = {1.0f / state.s, 1.0f / state.t, log2f(state.t / state.s)};
             row.log_ratio = (row.sums.log_ratio + (rounding_of(row.u_peak, k) - z_rounding)) * kLn2;
-            row.grad_sum = -linear.functor.weight();
         }
         if (grid.hard) {
             const float rounding = grid.is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
@@ -252,13 +251,15 @@ struct KDRow {
         }
         if constexpr (kMoment != Moment::kNone) {
             // Relative to the origins, as the sums are.
-            const float mean = Stage1<kSoft, true, Functor>::mean(state) * kLn2;
-            const Value<float> soft = value_from_mean(linear.functor, mean, row.sums.log_ratio * kLn2);
-            row.soft = soft.value;
-            if (Functor::kGradSum == GradSum::kFromValue) row.grad_sum = soft.value;
+            using Sums = Stage1<kSoft, true, Functor>;
+            const float mean = Sums::mean(state) * kLn2;
+            const float second = Sums::second_mean(state) * kLn2;
+            const Value<float> soft = value_from_means(linear.functor, mean, second, row.sums.log_ratio * kLn2);
+            row.soft = soft.value, row.grad_sum = soft.grad_sum;
             row.again = is_near(row) ? Again::kNear : soft.has_digits ? Again::kNo : Again::kFar;
         }
-        if (Functor::kEntropy) row.entropy = (log2f(state.t) - state.entropy * row.sums.teacher) * kLn2;
+        if (Functor::kSecond == Moment::kTeacherLog)
+            row.entropy = (log2f(state.t) - state.second * row.sums.teacher) * kLn2;
     }
 
     FASTKD_D bool is_near(const RowNumbers& row) const { return row.soft < grid.near_below; }

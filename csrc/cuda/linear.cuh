@@ -57,6 +57,9 @@ struct Linear<CrossEntropy> : Linear<MixtureKL<true, false, Mix::kStudent>> {
     using Linear<MixtureKL<true, false, Mix::kStudent>>::Linear;
 };
 
+// What multiplies s where g has a term in p_s·d; of a column with −inf on one side, whatever s of 0 it meets.
+FASTKD_D float along(const Coefficients& c, float e) { return fma(c.slope, max(-max(-e, -kBound), -kBound), c.base); }
+
 template <bool kT, bool kS>
 struct Linear<MixtureKL<kT, kS, Mix::kTeacher>> {
     static constexpr bool kTeacher = false;
@@ -72,10 +75,24 @@ struct Linear<MixtureKL<kT, kS, Mix::kTeacher>> {
         c.slope = -scale * per_bit;
         c.base = constant + (grad_sum == kInfinity ? 0.0f : scale * (per_bit * row.log_ratio - grad_sum));
     }
-    FASTKD_D float coefficient(float x, float y, float) const {
-        const float e = y - x;
-        return fma(c.slope, max(-max(-e, -kBound), -kBound), c.base);
+    FASTKD_D float coefficient(float x, float y, float) const { return along(c, y - x); }
+};
+
+template <>
+struct Linear<SymmetricKL> {
+    static constexpr bool kTeacher = true;
+    SymmetricKL functor;
+    Coefficients c = {};
+
+    FASTKD_D explicit Linear(const SymmetricKL& functor) : functor(functor) {}
+
+    FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
+        const float scale = factor * row.student, per_bit = functor.numbers.c_s * kLn2;
+        c.slope = -scale * per_bit;
+        c.base = constant + scale * (per_bit * row.log_ratio - grad_sum);
+        c.other = factor * functor.weight() * row.teacher;
     }
+    FASTKD_D float coefficient(float x, float y, float) const { return along(c, y - x); }
 };
 
 template <bool kT, bool kS>

@@ -1,8 +1,8 @@
 // Stage 1 of a row on a GPU: the sums of exponentials of student and teacher.
 //
 // Math    x = z·k − peak·k and y likewise of u, in units of log 2, each one FMA; s = 2^x, t = 2^y.
-//         moment  Σ t·(y − x) or Σ s·(x − y), as the functor's kMoment has it; with the teacher's entropy, which is a sum
-//                 of its own, Σ t·y, only −Σ t·x
+//         moment  Σ t·(y − x) or Σ s·(x − y), as the functor's kMoment has it
+//         second  its kSecond: Σ s·(x − y); or Σ t·y, of the teacher's entropy, and then moment has only −Σ t·x
 //         others  Σ exp(z − peak) of the columns other than the label's, since 1 − p_y keeps its digits only as a sum of
 //                 those: Σ s² where T is 2, Σ s where T is 1
 // Rules   0·inf is 0 in a moment. Plain sums do without that rule, and know no label. Vectors at the ends of a row and
@@ -33,7 +33,7 @@ FASTKD_D float rounding_of(float peak, float k) { return fma(-peak, k, origin_of
 
 struct RowState {
     float z_peak = -kInfinity, u_peak = -kInfinity;
-    float s = 0.0f, t = 0.0f, others = 0.0f, moment = 0.0f, entropy = 0.0f;
+    float s = 0.0f, t = 0.0f, others = 0.0f, moment = 0.0f, second = 0.0f;
     float z_y = 0.0f, s_y = 0.0f;  // of the label, where it was met; a thread keeps s_y out of s until it has all
     float sum_z = 0.0f;  // Σ z − anchor
 };
@@ -50,19 +50,28 @@ struct RowScale {
 template <bool kSoft, bool kPower, class Functor>
 struct Stage1 {
     static constexpr Moment kMoment = kMomentOf<Functor>;
-    static constexpr bool kEntropy = Functor::kEntropy;
+    static constexpr Moment kSecond = Functor::kSecond;
+    static constexpr bool kEntropy = kSecond == Moment::kTeacherLog;
 
+    template <Moment kOf>
+    static FASTKD_D float of_side(float student, float teacher) {
+        return kOf == Moment::kStudentRatio ? student : teacher;
+    }
+
+    template <Moment kOf>
     static FASTKD_D float moment_of(float s, float t, float x, float y) {
-        if constexpr (kMoment == Moment::kTeacherRatio) return kEntropy ? t * -x : t * (y - x);
-        if constexpr (kMoment == Moment::kStudentRatio) return s * (x - y);
+        if constexpr (kOf == Moment::kTeacherRatio) return kEntropy ? t * -x : t * (y - x);
+        if constexpr (kOf == Moment::kStudentRatio) return s * -(y - x);
+        if constexpr (kOf == Moment::kTeacherLog) return t * y;
         return 0.0f;
     }
 
     // Of d, in units of log 2 and relative to the origins.
     static FASTKD_D float mean(const RowState& state) {
-        const float moment = kEntropy ? state.moment + state.entropy : state.moment;
-        return moment / (kMoment == Moment::kStudentRatio ? state.s : state.t);
+        const float moment = kEntropy ? state.moment + state.second : state.moment;
+        return moment / of_side<kMoment>(state.s, state.t);
     }
+    static FASTKD_D float second_mean(const RowState& state) { return state.second / of_side<kSecond>(state.s, state.t); }
 
     // Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
     static FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowScale& row) {
@@ -74,10 +83,13 @@ struct Stage1 {
         if constexpr (kSoft) {
             const float y = origin_of(state.u_peak, row.k) - origin_of(shift_of(u_peak), row.k);
             const float by_t = exp2(y);
-            constexpr bool kOfStudent = kMoment == Moment::kStudentRatio;
-            const float moved = moment_of(1.0f, 1.0f, x, y);
-            state.moment = mul0(kOfStudent ? by_s : by_t, state.moment + mul0(kOfStudent ? state.s : state.t, moved));
-            if constexpr (kEntropy) state.entropy = mul0(by_t, state.entropy + mul0(state.t, y));
+            const auto move = [&](auto of, float& sum) {
+                constexpr Moment kOf = decltype(of)::value;
+                const float moved = moment_of<kOf>(1.0f, 1.0f, x, y);
+                sum = mul0(of_side<kOf>(by_s, by_t), sum + mul0(of_side<kOf>(state.s, state.t), moved));
+            };
+            move(std::integral_constant<Moment, kMoment>(), state.moment);
+            if constexpr (kSecond != Moment::kNone) move(std::integral_constant<Moment, kSecond>(), state.second);
             state.t *= by_t;
             state.u_peak = u_peak;
         }
@@ -105,9 +117,10 @@ struct Stage1 {
                 const float y = fma(u_j, row.k, -u_origin);
                 const float t = exp2(y);
                 state.t += t;
-                const bool nothing = kCareful && (kMoment == Moment::kStudentRatio ? s : t) == 0.0f;
-                if (!nothing) state.moment += moment_of(s, t, x, y);
-                if (kEntropy && !nothing) state.entropy += t * y;
+                if (!kCareful || of_side<kMoment>(s, t) != 0.0f) state.moment += moment_of<kMoment>(s, t, x, y);
+                if constexpr (kSecond != Moment::kNone) {
+                    if (!kCareful || of_side<kSecond>(s, t) != 0.0f) state.second += moment_of<kSecond>(s, t, x, y);
+                }
             }
             if (!kPower && row.smooth) {
                 const bool inside = first + j >= 0 && first + j < row.n;
@@ -125,7 +138,7 @@ struct Stage1 {
     // Whether plain sums were enough.
     static FASTKD_D bool is_finite(const RowState& state) {
         if constexpr (kMoment == Moment::kNone) return true;
-        return abs(state.moment + state.entropy) < kInfinity;
+        return abs(state.moment + state.second) < kInfinity;
     }
 
     // After a thread's last vector.
@@ -148,7 +161,7 @@ struct Stage1 {
             state.s = warp_sum(state.s);
             state.others = warp_sum(state.others);
         }
-        if constexpr (kEntropy) state.entropy = warp_sum(state.entropy);
+        if constexpr (kSecond != Moment::kNone) state.second = warp_sum(state.second);
         if constexpr (!kPower) state.sum_z = warp_sum(state.sum_z);
         return state;
     }

@@ -216,7 +216,7 @@ def _soft_term(
     if spec.formula == Formula.TOTAL_VARIATION:
         soft, residual = _total_variation(d, p_t, p_s)
     else:
-        soft, residual = _FAR[spec.mix](spec, d, p_t, p_s)
+        soft, residual = _far(spec, d, p_t, p_s)
         near = soft < _near_below(spec)
         if not near.is_cpu or bool(near.any()):
             near_soft, near_residual = _near(spec, d, p_t, p_s)
@@ -261,6 +261,15 @@ def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[T
     return value.sum(-1, keepdim=True), _residual(_no_nan(p_s * slope), p_s)
 
 
+def _far(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
+    soft, residual = _FAR[spec.summands[0].mix](spec, d, p_t, p_s)
+    for other in spec.summands[1:]:
+        value, more = _FAR[other.mix](other, d, p_t, p_s)
+        residual = torch.where(value == math.inf, 0.0, residual.add_(more))  # an infinite reverse KL has no gradient
+        soft = soft + value
+    return soft, residual
+
+
 _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: _both_mixture}
 
 
@@ -272,14 +281,17 @@ def _near_below(spec: RowSpec) -> float:
 
 def _near(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
     """Every mixture where the two are close; the terms have the masses m − p added, so that each is >= 0."""
-    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
     d = _centred(d, p_t, p_s)
     excess = torch.expm1(d)  # p_t/p_s − 1
-    m = torch.lerp(p_s, p_t, w)
-    log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
-    value = c_t * _bregman(p_t, d + log_s, m) + c_s * _bregman(p_s, log_s, m)
-    slope = (excess / (excess * w + 1.0)).mul_((c_s * w - c_t * (1.0 - w)) * (1.0 - w)).add_(log_s, alpha=c_s)
-    return value.sum(-1, keepdim=True), _residual(slope.mul_(p_s), p_s)
+    value, g = torch.zeros_like(d), torch.zeros_like(d)
+    for summand in spec.summands:
+        c_t, c_s, w = summand.c_t, summand.c_s, summand.w
+        m = torch.lerp(p_s, p_t, w)
+        log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
+        value += c_t * _bregman(p_t, d + log_s, m) + c_s * _bregman(p_s, log_s, m)
+        slope = (excess / (excess * w + 1.0)).mul_((c_s * w - c_t * (1.0 - w)) * (1.0 - w)).add_(log_s, alpha=c_s)
+        g += slope.mul_(p_s)
+    return value.sum(-1, keepdim=True), _residual(g, p_s)
 
 
 def _centred(d: Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:

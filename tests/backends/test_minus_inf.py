@@ -61,11 +61,12 @@ def test_a_whole_tile(backend: str, device: str, end: str, name: str) -> None:
         check_call(student, teacher, labels, backend=backend, divergence=name, reduction=reduction, **BOTH)
 
 
-def test_infinite_reverse_kl(backend: str, device: str) -> None:
+@pytest.mark.parametrize("name", ["reverse_kl", "symmetric_kl(0.3)"])
+def test_infinite_reverse_kl(backend: str, device: str, name: str) -> None:
     """The student has mass where the teacher has none: the value is +inf and the row's soft gradient exactly 0."""
     student, teacher, labels = masked("teacher", 127, device)
     for reduction in ("none", "sum"):
-        arguments = {"divergence": "reverse_kl", "reduction": reduction, "backend": backend, "temperature": 2.0}
+        arguments = {"divergence": DIVERGENCES[name].argument, "reduction": reduction, "backend": backend, "temperature": 2.0}
         loss, grad = run(student, teacher, None, **arguments)
         assert loss.isposinf().tolist() == ([True, False] if reduction == "none" else True)
         assert (grad[0] == 0).all()

@@ -42,7 +42,7 @@ def listed(logits: Tensor, k: int = K, temperature: float = 2.0, tail: str = "bu
 
 
 def allowed(name: str, tail: str) -> bool:
-    return (name, tail) != ("reverse_kl", "renormalize")
+    return tail != "renormalize" or not reference.is_infinite_without_mass(DIVERGENCES[name].definition)
 
 
 def check(

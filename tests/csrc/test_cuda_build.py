@@ -61,7 +61,7 @@ def test_three_blocks_share_an_sm() -> None:
     sm_90()  # skips where the module is not built for it
     pattern = r"kd_rows_kernel\w*float16\w*Lb1EEEv"  # bfloat16 too
     resident = [entry for entry in usage("--gpu-architecture", "sm_90") if re.search(pattern, entry[0])]
-    assert len(resident) == 16  # 2 dtypes, 8 functors
+    assert len(resident) == 18  # 2 dtypes, 9 functors
     for name, registers, *_ in resident:
         assert int(registers) <= REGISTERS[1], name
 
@@ -72,12 +72,12 @@ def kd_rows(pattern: str) -> dict[str, str]:
 
 def test_rows_move_16_bytes_at_a_time_and_no_cluster_waits_for_memory() -> None:
     rows = kd_rows("")
-    assert len(rows) == 48  # 3 dtypes, 8 functors, resident or not
+    assert len(rows) == 54  # 3 dtypes, 9 functors, resident or not
     for name, code in rows.items():
         assert "STG.E.128" in code, name
         assert "LDG.E.128" in code or "LDGSTS.E.BYPASS.128" in code, name
     resident = kd_rows("Lb1EEEv")
-    assert len(resident) == 24
+    assert len(resident) == 27
     for name, code in resident.items():
         assert "LDGSTS.E.BYPASS.128" in code and "STAS" in code and "SYNCS" in code, name
         # The loop over rows is the longest. A barrier of the cluster, which orders all of memory, comes before it.

@@ -123,6 +123,7 @@ def test_log_sum_exp(headers: ctypes.CDLL) -> None:
         fastkd.JSD(0.3),
         fastkd.SkewKL(0.1),
         fastkd.SkewReverseKL(0.1),
+        fastkd.SymmetricKL(0.3),
     ],
     ids=str,
 )
@@ -137,6 +138,8 @@ def test_divergence(headers: ctypes.CDLL, divergence: str | fastkd.Divergence, n
         value = (p_s - p_t).abs().sum() / 2
     elif member.formula == _request.Formula.CROSS_ENTROPY:
         value = (p_t * (a - b)).sum()  # the entropy, which has no gradient, is added elsewhere
+    elif member.formula == _request.Formula.SYMMETRIC_KL:
+        value = (member.c_t * p_t * (a - b) + member.c_s * p_s * (b - a)).sum()
     else:
         log_m = (member.w * p_t + (1 - member.w) * p_s).log()
         value = (member.c_t * p_t * (a - log_m) + member.c_s * p_s * (b - log_m)).sum()

@@ -18,7 +18,9 @@ import fastkd
 
 # One tile and several, aligned and not; the last needs clusters of more than one block.
 COLUMNS = (7, 1000, 4099, 70001)
-DIVERGENCES = ("forward_kl", "reverse_kl", "cross_entropy", "tvd", fastkd.JSD(0.5), fastkd.SkewKL(0.1))
+DIVERGENCES = (
+    "forward_kl", "reverse_kl", "cross_entropy", "tvd", fastkd.JSD(0.5), fastkd.SkewKL(0.1), fastkd.SymmetricKL()
+)  # fmt: skip
 
 
 def main(backend: str, sizes: list[int], quick: bool) -> None:

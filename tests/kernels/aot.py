@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastkd._request import HiddenKind, Mix, RowSpec
-from fastkd.divergences import JSD, NAMED, Divergence
+from fastkd.divergences import JSD, NAMED, Divergence, SymmetricKL
 from fastkd.kernels import config, log_softmax
 from fastkd.kernels.divergence import MOMENT_NONE, moment_rule
 from fastkd.kernels.hidden import hidden_rows_kernel
@@ -53,7 +53,7 @@ WIDEST = 16384  # hidden states that registers hold
 COUNTED = ("kd_rows-forward_kl-fused-bf16", "kd_rows-jsd-fused-bf16")
 
 # One member of each structure.
-MEMBERS = (*NAMED.values(), JSD(0.5))
+MEMBERS = (*NAMED.values(), SymmetricKL(0.5), JSD(0.5))
 
 
 Case = tuple[str, Any, dict[str, Any], dict[str, Any]]

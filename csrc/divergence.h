@@ -20,6 +20,7 @@ inline namespace FASTKD_ISA {
 
 struct TermGrad {
     float term, g;
+    float apart = 0.0f;  // what T·∂D/∂z has beside g − p_s·G, where that would take its digits; if the functor's kApart
 };
 
 // As in fastkd/_request.py; a test compares them.
@@ -40,8 +41,8 @@ struct Numbers {
 // E_t[log t], of an entropy. A functor has one of them, and may have a second one.
 enum class Moment : int { kNone, kTeacherRatio, kStudentRatio, kTeacherLog };
 
-// What is known of G = Σ g, in the far form, before g itself: −c_t; c_s·KL(p_s‖p_t) − c_t, which stage 1 averages; or
-// nothing, and stage 2 sums it.
+// What is known of G = Σ g, in the far form, before g itself: −c_t; c_s·KL(p_s‖p_t), which stage 1 averages; or nothing,
+// and stage 2 sums it.
 enum class GradSum : int { kConstant, kFromMean, kSummed };
 
 // Below this a divergence of weight 1 is small: terms good to 1e-7 leave it too few digits.
@@ -75,6 +76,7 @@ struct MixtureKL {
     Numbers numbers;
 
     static constexpr bool kTwoSided = false;
+    static constexpr bool kApart = false;
     static constexpr bool kGradNeedsRatio = kMix != Mix::kStudent;
     static constexpr Moment kMoment = kMix == Mix::kTeacher ? Moment::kStudentRatio : Moment::kTeacherRatio;
     static constexpr Moment kSecond = Moment::kNone;
@@ -158,10 +160,12 @@ struct CrossEntropy : MixtureKL<true, false, Mix::kStudent> {
     static bool matches(const Numbers& n) { return n.formula == Formula::kCrossEntropy; }
 };
 
-// c_t·KL(p_t‖p_s) + c_s·KL(p_s‖p_t), both > 0: a sum of two of the family, in one walk.
+// c_t·KL(p_t‖p_s) + c_s·KL(p_s‖p_t), both > 0: a sum of two of the family, in one walk. In the far form the first one's
+// gradient is apart from a G that may be of thousands.
 struct SymmetricKL {
     Numbers numbers;
     static constexpr bool kTwoSided = false;
+    static constexpr bool kApart = true;
     static constexpr bool kGradNeedsRatio = true;
     static constexpr Moment kMoment = Moment::kTeacherRatio;
     static constexpr Moment kSecond = Moment::kStudentRatio;
@@ -176,7 +180,9 @@ struct SymmetricKL {
         const MixtureKL<true, false, Mix::kStudent> forward{numbers};
         const MixtureKL<false, true, Mix::kTeacher> reverse{numbers};
         const TermGrad a = forward.template column<kNear>(d, p_t, p_s), b = reverse.template column<kNear>(d, p_t, p_s);
-        return {a.term + b.term, a.g + b.g};
+        const float term = a.term + b.term;
+        if constexpr (kNear) return {term, a.g + b.g};
+        return {term, b.g, a.g + numbers.c_t * p_s};
     }
 };
 
@@ -185,6 +191,7 @@ struct SymmetricKL {
 struct TotalVariation {
     Numbers numbers;
     static constexpr bool kTwoSided = true;
+    static constexpr bool kApart = false;
     static constexpr bool kGradNeedsRatio = true;
     static constexpr Moment kMoment = Moment::kTeacherRatio;
     static constexpr Moment kSecond = Moment::kNone;
@@ -204,6 +211,7 @@ struct TotalVariation {
 // Stands for the divergence where there is no soft term.
 struct NoSoftTerm {
     static constexpr bool kTwoSided = false;
+    static constexpr bool kApart = false;
     static constexpr bool kGradNeedsRatio = false;
     static constexpr Moment kMoment = Moment::kNone;
     static constexpr Moment kSecond = Moment::kNone;

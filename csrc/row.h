@@ -26,9 +26,11 @@ FASTKD_HD float log_ratio(float z, float u, float offset, float inv_t, float shi
 
 // T·∂D/∂z. An infinite reverse KL (G = inf) has no gradient; anywhere else G is finite, or the logits hold a NaN.
 template <class Functor>
-FASTKD_HD float soft_gradient(float g, float p_s, float grad_sum) {
+FASTKD_HD float soft_gradient(const TermGrad& column, float p_s, float grad_sum) {
     if (Functor::kGradSum == GradSum::kFromMean && grad_sum == kInfinity) return 0.0f;
-    return g - p_s * grad_sum;
+    const float residual = column.g - p_s * grad_sum;
+    if constexpr (Functor::kApart) return residual + column.apart;
+    return residual;
 }
 
 // What stage 1 averages, of one column or, of a shift of them all, of their sums: s and t are the exponentials of
@@ -75,8 +77,8 @@ FASTKD_HD Value<Real> value_from_means(const Functor& functor, Real mean, Real s
     bool has_digits = kl.has_digits;
     if constexpr (Functor::kSecond == Moment::kStudentRatio) {
         const Mean<Real> reverse = kl_from_mean<Functor::kSecond>(second, log_ratio);
-        grad_sum = functor.numbers.c_s * reverse.value - functor.weight();
-        value += functor.numbers.c_s * reverse.value;
+        grad_sum = functor.numbers.c_s * reverse.value;
+        value += grad_sum;
         has_digits = has_digits && reverse.has_digits;
     }
     const Real near_below = Functor::kMeanIsValue ? functor.near_below() : kFewDigits;

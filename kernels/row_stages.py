@@ -307,7 +307,7 @@ def slice_exact_sums(
             if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
                 sum_near += lane_sum(-c_t * excess_of_teacher(d, p_t, p_s))
                 if FORMULA == SYMMETRIC_KL:
-                    sum_near += lane_sum(mul0(p_s, -c_s * d))  # infinite where that is
+                    sum_far += lane_sum(mul0(p_s, -c_s * d))  # the other part, infinite where that is
             else:
                 d2_r = d * LOG2_E + log2_r
                 if not FAR_KNOWN:
@@ -335,11 +335,15 @@ def from_exact_sums(
         c = c_t + c_s
     if MIX == MIX_TEACHER:
         of_rounding = sum_far - soft
+    elif FORMULA == SYMMETRIC_KL:
+        of_rounding = sum_far + sum_near
     else:
         of_rounding = sum_near
     soft -= tl.where(soft < 1e-6 * c, 0.5 * of_rounding * of_rounding / c, 0.0)
     if MIX == MIX_TEACHER:
         return soft, tl.where(soft == float("inf"), soft, sum_far), 0.0
+    elif FORMULA == SYMMETRIC_KL:
+        return soft, sum_far + sum_near, 1.0
     elif MIX == MIX_STUDENT:  # at any distance
         return soft, sum_near, 1.0
     else:

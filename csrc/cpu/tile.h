@@ -138,16 +138,15 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
         float sum = f.constant;
         if constexpr (kSource != GradSource::kNoSoft) {
             const float p_s = f.p_s * e_s[j];
-            float g;
+            TermGrad column = {0.0f, e_t[j]};
             if constexpr (kSource == GradSource::kKept) {
-                g = e_t[j];
-                if constexpr (Functor::kTwoSided) g -= f.other_side * p_s;
+                if constexpr (Functor::kTwoSided) column.g -= f.other_side * p_s;
             } else {
                 float d = 0.0f;
                 if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift);
-                g = functor.template column<false>(d, f.p_t * e_t[j], p_s).g;
+                column = functor.template column<false>(d, f.p_t * e_t[j], p_s);
             }
-            sum += f.soft * soft_gradient<Functor>(g, p_s, f.grad_sum);
+            sum += f.soft * soft_gradient<Functor>(column, p_s, f.grad_sum);
         }
         if constexpr (kHard == Hard::kOwn) {
             sum += f.hard * e_h[j];

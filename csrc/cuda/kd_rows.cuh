@@ -399,8 +399,9 @@ struct KDRow {
                 return Linear<Functor>::kTeacher ? fma(-by.c.other, exp2(y), student) : student;
             } else {
                 float p_s, excess;
-                const TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
-                return factor() * soft_gradient<Functor>(column.g - row.other_side * p_s, p_s, row.grad_sum);
+                TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
+                column.g -= row.other_side * p_s;
+                return factor() * soft_gradient<Functor>(column, p_s, row.grad_sum);
             }
         };
         linear.c = row.soft_term;

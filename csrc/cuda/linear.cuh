@@ -89,7 +89,7 @@ struct Linear<SymmetricKL> {
     FASTKD_D void fold(const Normalisers& row, float grad_sum, float, float factor, float constant) {
         const float scale = factor * row.student, per_bit = functor.numbers.c_s * kLn2;
         c.slope = -scale * per_bit;
-        c.base = constant + scale * (per_bit * row.log_ratio - grad_sum);
+        c.base = constant + scale * (per_bit * row.log_ratio - grad_sum + functor.weight());
         c.other = factor * functor.weight() * row.teacher;
     }
     FASTKD_D float coefficient(float x, float y, float) const { return along(c, y - x); }

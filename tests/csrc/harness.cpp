@@ -65,7 +65,7 @@ bool divergence_of(int formula, float c_t, float c_s, float w, const float* d, c
         for (int64_t i = 0; i < n; ++i) {
             const TermGrad column = near ? functor.template column<true>(d[i], p_t[i], p_s[i])
                                          : functor.template column<false>(d[i], p_t[i], p_s[i]);
-            term[i] = column.term, g[i] = column.g;
+            term[i] = column.term, g[i] = column.g + column.apart;
         }
     });
 }

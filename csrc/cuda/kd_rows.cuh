@@ -400,7 +400,7 @@ struct KDRow {
             } else {
                 float p_s, excess;
                 TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
-                column.g -= row.other_side * p_s;
+                if (Functor::kTwoSided) column.g -= row.other_side * p_s;
                 return factor() * soft_gradient<Functor>(column, p_s, row.grad_sum);
             }
         };

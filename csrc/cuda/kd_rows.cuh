@@ -533,8 +533,7 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
             if (kernel.is_first()) kernel.write(numbers, task.row);
         }
         if constexpr (kResident) next = kernel.next_that_counts(next, step);
-        const Place next_place = kernel.place(next.row);
-        const auto next_reader = kernel.open(next_place);
+        const auto next_reader = kernel.open(kernel.place(next.row));
         const bool has_next = next.row < kernel.rows();
         bool refilled = false;
         if (grid.writes) {
@@ -542,7 +541,7 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
             refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
         }
         if (has_next && !refilled) next_reader.start();
-        task = next, place = next_place;
+        task = next, place = kernel.place(next.row);  // again: registers are scarcer
         reader = next_reader;
     }
 }

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from fastkd._request import Formula
 from fastkd._validate import check_real
 
-
 # Of a formula, those of its numbers that may be given.
 _NUMBERS = {
     Formula.MIXTURE_KL: ("c_t", "c_s", "w"),

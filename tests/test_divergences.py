@@ -54,6 +54,18 @@ def test_symmetric_kl_at_its_ends() -> None:
     assert fastkd.SymmetricKL(1) is divergences.FORWARD_KL and fastkd.SymmetricKL(0.0) is divergences.REVERSE_KL
 
 
+def test_symmetric_kl_is_both_directions() -> None:
+    student, teacher = torch.randn(2, 4, 9, dtype=torch.float64)
+    student.requires_grad_()
+    forward, reverse, both = (
+        fastkd.kd_loss(student, teacher, temperature=2.0, divergence=member)
+        for member in ("forward_kl", "reverse_kl", fastkd.SymmetricKL(0.3))
+    )
+    torch.testing.assert_close(both, 0.3 * forward + 0.7 * reverse)
+    grads = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (both, 0.3 * forward + 0.7 * reverse)]
+    torch.testing.assert_close(*grads)
+
+
 def test_skew_at_zero() -> None:
     """Without skew, forward and reverse KL."""
     student, teacher = torch.randn(2, 4, 9, dtype=torch.float64)

@@ -256,6 +256,7 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "num_items": lambda step, *given: fastkd.kd_loss(*given, **BOTH, num_items=100.0 * step),
     "jsd": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.JSD(step)),
     "skew_kl": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.SkewKL(step)),
+    "symmetric_kl": lambda step, *given: fastkd.kd_loss(*given, **BOTH, divergence=fastkd.SymmetricKL(step)),
     "sparse": lambda step, z, u, y: fastkd.kd_loss(
         z, sparse(u), y, temperature=2.0, hard_weight=step, divergence=fastkd.JSD(step)
     ),

@@ -66,7 +66,8 @@ def test_infinite_reverse_kl(backend: str, device: str, name: str) -> None:
     """The student has mass where the teacher has none: the value is +inf and the row's soft gradient exactly 0."""
     student, teacher, labels = masked("teacher", 127, device)
     for reduction in ("none", "sum"):
-        arguments = {"divergence": DIVERGENCES[name].argument, "reduction": reduction, "backend": backend, "temperature": 2.0}
+        arguments = {"reduction": reduction, "backend": backend, "temperature": 2.0}
+        arguments["divergence"] = DIVERGENCES[name].argument
         loss, grad = run(student, teacher, None, **arguments)
         assert loss.isposinf().tolist() == ([True, False] if reduction == "none" else True)
         assert (grad[0] == 0).all()

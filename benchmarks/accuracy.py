@@ -79,8 +79,8 @@ def definition(divergence: str | Divergence, student: Tensor, teacher: Tensor, t
     if divergence == "tvd":
         return 0.5 * (p_t - p_s).abs().sum(-1)
     if member.name == "symmetric_kl":
-        both = (definition(name, student, teacher, temperature) for name in ("forward_kl", "reverse_kl"))
-        return sum(c * value for c, value in zip((member.c_t, member.c_s), both, strict=True))
+        forward, reverse = (definition(name, student, teacher, temperature) for name in ("forward_kl", "reverse_kl"))
+        return member.c_t * forward + member.c_s * reverse
     shares = [math.log(w) if w else -math.inf for w in (member.w, 1.0 - member.w)]
     log_m = torch.logaddexp(log_t + shares[0], log_s + shares[1])
     terms = member.c_t * p_t * (log_t - log_m) + member.c_s * p_s * (log_s - log_m)

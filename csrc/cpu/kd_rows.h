@@ -333,7 +333,8 @@ class Row {
             with_hard<kSoft>(hard_mode_, [&](auto hard) {
                 if constexpr (kFromStats) {
                     ExpSums sums;
-                    exponentials_of<hard.value, Moment::kNone, Moment::kNone>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, sums);
+                    exponentials_of<hard.value, Moment::kNone, Moment::kNone>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0,
+                                                                              sums);
                     if constexpr (kSource == GradSource::kKept) {
                         TermSums terms;
                         if (near_)

@@ -29,7 +29,26 @@ class Backend(Protocol):
         """All stages; ``grad`` may be the student's logits, and its dtype another than theirs (half of float32)."""
 
     def kd_grad(self, rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
-        """The last stage alone; ``grad`` as there."""
+        """The last stage alone, from nothing but the statistics and the logits; ``grad`` as there.
+
+        The columns may be a slice of the vocabulary, and the statistics those of the whole row.
+        """
+
+    def slice_sums(self, rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
+        """The second stage alone: what the columns of a slice add to the value and to G, given the row's normalisers.
+
+        Of ``stats`` the two peaks, LOG_STUDENT and LOG_RATIO are read. ``sums`` [N, 4], in the losses' dtype, gets
+
+            Σ term and Σ g in the far form, Σ term and Σ g in the near form
+
+        weights included, all in one walk. Added over the slices, one pair or the other is the row's value and the
+        GRAD_SUM that goes with that GRAD_FORM. A total variation has one term, with all its digits, and its two forms
+        are its two sides; the third sum is that of p_t − p_s, which is not 0 by the rounding of LOG_RATIO, and the value
+        is S + (Σ p_t − p_s)·(G + G')/2. ``rows.soft_scale`` says which rows count; of the others sums are 0, and
+        nothing is read.
+
+        A backend may lack this one: the automatic choice then goes on.
+        """
 
     def rest_rows(self, rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
         """What a sparse teacher, who lists a few columns of a row, needs of all the others; no teacher is read.

@@ -64,6 +64,9 @@ class Rows(NamedTuple):
 
     ``z_scale`` is that of the z-loss lse(z)², z at temperature 1, and adds ``2·z_scale·lse(z)·softmax(z)`` to the
     gradient. The value follows from PEAK_STUDENT and LOG_HARD, which are then given without labels too.
+
+    The columns may be a slice of the vocabulary, and a label in another one is ``ELSEWHERE``: the row has all its
+    statistics, but the value of its hard term is not specified (it is finite), and its gradient no entry of a label.
     """
 
     student: Tensor  # [B, S, V]
@@ -81,3 +84,6 @@ class Rows(NamedTuple):
 # multiple of p_s, which dz = g − p_s·G does not see.
 PEAK_STUDENT, PEAK_TEACHER, LOG_HARD, LOG_STUDENT, LOG_RATIO, GRAD_SUM, LABEL_REST, GRAD_FORM = range(8)
 NUM_STATS = 8
+
+# The label of a row that counts, where its column is in another slice of the vocabulary.
+ELSEWHERE = -(2**63)

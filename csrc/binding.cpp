@@ -73,6 +73,19 @@ void kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintpt
     run(p, columns * 8, threads, k.kd_scratch(p), k.kd_row);
 }
 
+void slice_sums(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels, uintptr_t hard_scale,
+                uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t soft, uintptr_t stats, int64_t rows,
+                int64_t inner_rows, int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s,
+                float w, float smoothing, bool from_stats, uintptr_t sums, int threads) {
+    fastkd::SliceParams p;
+    static_cast<fastkd::KDRowsParams&>(p) =
+        fastkd::kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows,
+                               n, columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
+    p.sums = fastkd::pointer<float>(sums);
+    const Kernels& kernel = kernels();
+    run(p, columns * 8, threads, kernel.kd_scratch(p), kernel.sums_row);
+}
+
 void rest_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels, uintptr_t hard_scale,
                uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t rest, uintptr_t stats, int64_t rows,
                int64_t inner_rows, int64_t n, int64_t columns, float temperature, int formula, float c_t, float c_s,
@@ -130,6 +143,7 @@ py::object use_isa(const std::string& isa) {
 
 PYBIND11_MODULE(_cpu, m) {
     m.def("kd_rows", &kd_rows);
+    m.def("slice_sums", &slice_sums);
     m.def("rest_rows", &rest_rows);
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);

@@ -23,6 +23,9 @@ struct Matrix {
     }
 };
 
+// The label of a row that counts, where its column is in another slice of the vocabulary; as in fastkd/_request.py.
+constexpr int64_t kElsewhere = INT64_MIN;
+
 struct KDRowsParams {
     Matrix z;                           // [B, S, columns] student logits
     Matrix u;                           // [B, S, >= n] teacher logits; no data: no soft term
@@ -45,6 +48,12 @@ struct KDRowsParams {
         const auto differs = [&](const Matrix& matrix) { return matrix.data && matrix.dtype != z.dtype; };
         return differs(u) || differs(dz) ? DType::kFloat32 : z.dtype;
     }
+};
+
+// Of these columns of a row, given its normalisers by stats: Σ term and Σ g in the far form, and in the near one. Of a
+// two-sided divergence the third is Σ p_t − p_s, and the last Σ g on the other side.
+struct SliceParams : KDRowsParams {
+    float* sums = nullptr;  // [N, 4]
 };
 
 // Of a row of which a teacher lists K columns: what there is to know of the others, which is `soft`; or their gradient.

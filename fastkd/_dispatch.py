@@ -43,9 +43,11 @@ class Backend(Protocol):
 
         weights included, all in one walk. Added over the slices, one pair or the other is the row's value and the
         GRAD_SUM that goes with that GRAD_FORM. A total variation has one term, with all its digits, and its two forms
-        are its two sides; the third sum is that of p_t − p_s, which is not 0 by the rounding of LOG_RATIO, and the value
-        is S + (Σ p_t − p_s)·(G + G')/2. ``rows.soft_scale`` says which rows count; of the others sums are 0, and
-        nothing is read.
+        are its two sides; the third sum is Σ p_t − p_s, which is not 0 by the rounding of LOG_RATIO. With E for it, the
+        value is S + E·(G + G')/2.
+
+        ``rows.soft_scale`` says which rows count; of the others sums are 0, and nothing is read. Of divergences whose
+        sums ``kd_rows`` takes in stage 1 it is not asked.
 
         A backend may lack this one: the automatic choice then goes on.
         """

@@ -48,6 +48,7 @@ from fastkd.kernels.divergence import (
 )
 from fastkd.kernels.lse import LN_2, LOG2_E, PER, align, row_start, shift_of, slice_at
 from fastkd.kernels.row_stages import (
+    ELSEWHERE,
     from_exact_sums,
     from_moment,
     hard_factors,
@@ -69,6 +70,7 @@ GRAD_SUM = tl.constexpr(_request.GRAD_SUM)
 LABEL_REST = tl.constexpr(_request.LABEL_REST)
 GRAD_FORM = tl.constexpr(_request.GRAD_FORM)
 NUM_STATS = tl.constexpr(_request.NUM_STATS)
+LABEL_ELSEWHERE = tl.constexpr(_request.ELSEWHERE)
 # Numbers of a slice's state, the last the label's logit, which its slice alone adds; and of its sums.
 STATE = tl.constexpr(9)
 SUMS = tl.constexpr(4)
@@ -100,26 +102,29 @@ def row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row):
 
 @triton.jit
 def label_column(y_ptr, row, n, head):
-    """Where a walk over the row meets its label; −1 if there is none, or none of the row's."""
+    """Where a walk over the row meets its label; −1 if there is none, or none of the row's; ELSEWHERE."""
     if y_ptr is not None:
         y = tl.load(y_ptr + row)
-        return tl.where((y >= 0) & (y < n), y + head, -1).to(tl.int32)
+        return tl.where((y >= 0) & (y < n), y + head, tl.where(y == LABEL_ELSEWHERE, ELSEWHERE, -1)).to(tl.int32)
     else:
         return -1
 
 
 @triton.jit
 def label_logit(z_ptr, label, head):
-    """(the label's logit or NaN; a number near the row's logits, since far from 0 their sum has no digits)."""
+    """(the label's logit, if there is a label; a number near the row's logits, since far from 0 their sum has no
+    digits)."""
     z = tl.load(z_ptr + tl.where(label < 0, head, label)).to(tl.float32)
-    return tl.where(label < 0, float("nan"), z), shift_of(z)
+    return z, shift_of(z)
 
 
 @triton.jit
 def normalisers(z_peak, u_peak, sum_s, sum_t, SOFT: tl.constexpr):
     """(the peaks as shifts; of the sums relative to them the logarithm of the student's and that of their ratio)."""
     if SOFT:
-        return shift_of(z_peak), shift_of(u_peak), tl.log2(sum_s) * LN_2, tl.log2(sum_t / sum_s) * LN_2
+        # A slice of −inf alone has no mass, but the teacher's may.
+        log_r = tl.log2(sum_t / tl.where(sum_s == 0.0, 1.0, sum_s)) * LN_2
+        return shift_of(z_peak), shift_of(u_peak), tl.log2(sum_s) * LN_2, log_r
     else:
         return shift_of(z_peak), 0.0, 0.0, 0.0
 
@@ -216,7 +221,7 @@ def kd_rows_kernel(
             log_h = 0.0
             rest = 0.0
             if LABELS:
-                hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+                hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, label, sum_z, n, smoothing, SMOOTH)
             elif HARD:
                 log_h = tl.log(sum_h)
             soft = 0.0
@@ -413,8 +418,7 @@ def slice_gradient_kernel(
         z_shift, u_shift, log_s, log_r = normalisers(z_peak, u_peak, sum_s, sum_t, SOFT)
         hard = 0.0
         if LABELS:
-            z_y = tl.where(label < 0, float("nan"), z_y)
-            hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+            hard, log_h, rest = hard_loss(z_shift, sum_h, z_y, label, sum_z, n, smoothing, SMOOTH)
         elif HARD:
             log_h = tl.log(sum_h)
         soft = 0.0

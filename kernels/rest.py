@@ -102,8 +102,8 @@ def rest_kernel(
         log_h = 0.0
         label_rest = 0.0
         if LABELS:
-            z_y = tl.where(label_column(y_ptr, row, n, 0) < 0, float("nan"), z_y)
-            hard, log_h, label_rest = hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH)
+            label = label_column(y_ptr, row, n, 0)
+            hard, log_h, label_rest = hard_loss(z_shift, sum_h, z_y, label, sum_z, n, smoothing, SMOOTH)
         elif HARD:
             log_h = tl.log(sum_h)
         stats_ptr += row.to(tl.int64) * NUM_STATS

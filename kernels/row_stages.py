@@ -56,6 +56,8 @@ OF_STUDENT = tl.constexpr(divergence.MOMENT_STUDENT)
 OF_BOTH = tl.constexpr(divergence.MOMENT_BOTH)
 # Below this a divergence has too few digits if what it is averaged from is good to 1e-7.
 FEW_DIGITS = tl.constexpr(0.05)
+# The column of a label that is in another slice of the vocabulary.
+ELSEWHERE = tl.constexpr(-2)
 
 
 @triton.jit
@@ -181,18 +183,20 @@ def rescaled_moment(moment, sum_s, sum_t, z_drop, u_drop, by_s, by_t, MOMENT: tl
 
 
 @triton.jit
-def hard_loss(z_shift, sum_h, z_y, sum_z, n, smoothing, SMOOTH: tl.constexpr):
-    """(hard, log Σ exp(z − peak), 1 − p_y), given the label's logit."""
+def hard_loss(z_shift, sum_h, z_y, label, sum_z, n, smoothing, SMOOTH: tl.constexpr):
+    """(hard, log Σ exp(z − peak), 1 − p_y), given the label's column and logit. Of a column elsewhere hard is 0."""
     log_others = tl.log(sum_h)
+    z_y = tl.where(label == ELSEWHERE, -float("inf"), tl.where(label < 0, float("nan"), z_y))
     t_y = (z_shift - z_y) + log_others
     small = tl.exp2(-tl.abs(t_y) * LOG2_E)
     log_small = log1p_positive(small)
     hard = tl.where(t_y != t_y, t_y, tl.maximum(t_y, 0.0) + log_small)  # softplus; max() may drop a NaN
     rest = tl.where(t_y > 0.0, 1.0, small) / (1.0 + small)  # sigmoid
     log_h = tl.where(t_y > 0.0, log_others, z_y - z_shift) + log_small
+    log_h = tl.where(z_y == -float("inf"), log_others, log_h)
     if SMOOTH:
         hard -= smoothing * (sum_z / n)
-    return hard, log_h, rest
+    return tl.where(label == ELSEWHERE, 0.0, hard), log_h, rest
 
 
 @triton.jit

@@ -62,7 +62,7 @@ inline int64_t label_of(const KDRowsParams& p, int64_t row) {
 inline double hard_term(const KDRowsParams& p, int64_t row, double others, float z_peak, float z_y, double sum_z) {
     double total = others;
     float* stats = p.stats + row * kNumStats;
-    if (p.labels) {
+    if (p.labels && p.labels[row] != kElsewhere) {
         const LabelTerm term = label_term(static_cast<float>(std::log(others) + (static_cast<double>(z_peak) - z_y)));
         total += exp(z_y - shift_of(z_peak));
         p.hard[row] = term.loss;
@@ -115,18 +115,34 @@ class Row {
     }
 
     void gradient_from_stats() {
+        read_normalisers();
         const float* stats = p_.stats + row_ * kNumStats;
-        z_peak_ = stats[kPeakStudent];
-        u_peak_ = stats[kPeakTeacher];
         total_h_ = std::exp(static_cast<double>(stats[kLogHard]));
-        total_s_ = std::exp(static_cast<double>(stats[kLogStudent]));
-        total_t_ = total_s_ * std::exp(static_cast<double>(stats[kLogRatio]));
-        set_ratio(stats[kLogRatio]);
         base_.grad_sum = stats[kGradSum];
         base_.other_side = stats[kGradForm];
         near_ = !Functor::kTwoSided && stats[kGradForm] != 0.0f;
         rest_ = stats[kLabelRest];
         stage3<true>();
+    }
+
+    // Stage 2 alone, as SliceParams have it.
+    void sums_from_stats(float* sums) {
+        read_normalisers();
+        double totals[4] = {};
+        for (int64_t i = 0; i < tiles_of(n_); ++i) {
+            const Tile t = tile(i);
+            by_s_[i] = by_t_[i] = 1.0f;
+            ExpSums none;
+            exponentials_of<Hard::kNone, Moment::kNone, false>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, none);
+            TermSums far, near;
+            evaluate<false, false>(functor_, t.z, t.u, t.n, factors(i), e_s_, e_t_, far);
+            evaluate<true, false>(functor_, t.z, t.u, t.n, factors(i), e_s_, e_t_, near);
+            totals[0] += Functor::kTwoSided ? near.term : far.term;
+            totals[1] += far.g;
+            totals[2] += Functor::kTwoSided ? near.excess : near.term;
+            totals[3] += Functor::kTwoSided ? far.other_g : near.g;
+        }
+        std::copy_n(totals, 4, sums);
     }
 
    private:
@@ -160,6 +176,15 @@ class Row {
                          ExpSums& sums) const {
         exponentials<kSoft, kHard, kMoment, kSecond>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
                                             e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums);
+    }
+
+    void read_normalisers() {
+        const float* stats = p_.stats + row_ * kNumStats;
+        z_peak_ = stats[kPeakStudent];
+        u_peak_ = stats[kPeakTeacher];
+        total_s_ = std::exp(static_cast<double>(stats[kLogStudent]));
+        total_t_ = total_s_ * std::exp(static_cast<double>(stats[kLogRatio]));
+        set_ratio(stats[kLogRatio]);
     }
 
     // Offset and shift of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).
@@ -254,7 +279,8 @@ class Row {
         if constexpr (Functor::kSecond == Moment::kTeacherLog) sum.value += std::log(total_t_) - second;
         p_.soft[row_] = static_cast<float>(sum.value < 0.0 ? 0.0 : sum.value);
         float* stats = p_.stats + row_ * kNumStats;
-        stats[kLogRatio] = static_cast<float>(log_sums_);
+        // A slice of −inf alone has no mass, but the teacher's may.
+        stats[kLogRatio] = static_cast<float>(total_s_ == 0.0 ? std::log(total_t_) : log_sums_);
         stats[kGradSum] = base_.grad_sum;
         stats[kGradForm] = Functor::kTwoSided ? base_.other_side : near_ ? 1.0f : 0.0f;
     }
@@ -347,8 +373,9 @@ class Row {
                     by.soft = soft;
                     if (hard_mode_ != Hard::kNone) {
                         // The label's own p − 1 has its digits in rest.
-                        by.hard = (is_label ? z_scale : hard_scale + z_scale) * static_cast<float>(by_h_[i] / total_h_);
-                        by.constant = hard_scale * (is_label ? p_.smoothing - smooth - rest_ : -smooth);
+                        by.hard = is_label ? 0.0f : (hard_scale + z_scale) * static_cast<float>(by_h_[i] / total_h_);
+                        by.constant = -hard_scale * smooth;
+                        if (is_label) by.constant += hard_scale * (p_.smoothing - rest_) + z_scale * (1.0f - rest_);
                     }
                     gradient<kSource, hard.value>(functor_, t.z + first, t.u + first, end - first, by,
                                                   e_s_ + kept + first, e_t_ + kept + first, e_h_ + kept + first,

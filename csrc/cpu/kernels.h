@@ -9,6 +9,7 @@ struct Kernels {
     const char* isa;
     int64_t (*kd_scratch)(const KDRowsParams&);  // floats that kd_row needs
     void (*kd_row)(const KDRowsParams&, int64_t row, float* scratch);
+    void (*sums_row)(const SliceParams&, int64_t row, float* scratch);  // which needs as many
     int64_t (*rest_scratch)(const RestParams&);
     void (*rest_row)(const RestParams&, int64_t row, float* scratch);
     int64_t (*log_softmax_scratch)(const LogSoftmaxParams&);

@@ -153,7 +153,8 @@ class RestRow {
         const float smooth = hard_scale * p_.smoothing / static_cast<float>(n_);
         const float of_peak = std::exp(-stats[kLogHard]);
         const float of_hard = (hard_scale + z_scale) * of_peak * rescale(c, z_peak, kLog2E);  // of exp(z − c)
-        const float of_label = hard_scale * (p_.smoothing - stats[kLabelRest]) - smooth;
+        const float rest = stats[kLabelRest];
+        const float of_label = hard_scale * (p_.smoothing - rest) + z_scale * (1.0f - rest) - smooth;
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
         for_tiles(n_, [&](int64_t at, int n) {
             const int64_t i = at / kTile;
@@ -169,7 +170,7 @@ class RestRow {
                 float sum = is_listed ? outcome_grad_[in_tiles_[s]] * inv_t_ : of_rest * rescale(special_[s], c, scale_);
                 if (hard_mode_ != Hard::kNone) {
                     const float p = of_peak * rescale(special_[s], z_peak, kLog2E);
-                    sum += column(s) == label_ ? z_scale * p + of_label : (hard_scale + z_scale) * p - smooth;
+                    sum += column(s) == label_ ? of_label : (hard_scale + z_scale) * p - smooth;
                 }
                 dz[column(s) - at] = sum;
             }

@@ -44,6 +44,15 @@ void kd_row(const KDRowsParams& p, int64_t row, float* scratch) {
     });
 }
 
+void sums_row(const SliceParams& p, int64_t row, float* scratch) {
+    float* sums = p.sums + row * 4;
+    std::fill_n(sums, 4, 0.0f);
+    if (p.soft_scale[row] == 0.0f) return;  // not read
+    Divergences::dispatch({static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w}, [&](const auto& functor) {
+        Row<std::decay_t<decltype(functor)>>(p, functor, row, scratch).sums_from_stats(sums);
+    });
+}
+
 // The row operation on a row's outcomes. z and dz: k + 1 numbers; stats: eight, and one more.
 KDRowsParams of_outcomes(const RestParams& p, int64_t row, float* z, float* dz, float* stats) {
     KDRowsParams q;
@@ -78,7 +87,7 @@ void rest_row(const RestParams& p, int64_t row, float* scratch) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    FASTKD_ISA_NAME, kd_scratch, kd_row, rest_scratch, rest_row, log_softmax_scratch, log_softmax_row, scale_scratch, scale_row,
+    FASTKD_ISA_NAME, kd_scratch, kd_row, sums_row, rest_scratch, rest_row, log_softmax_scratch, log_softmax_row, scale_scratch, scale_row,
     hidden_scratch, hidden_row,
 };
 

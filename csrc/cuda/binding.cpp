@@ -25,6 +25,19 @@ std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz,
                                        : launch_kd_rows<float>(p, on);
 }
 
+std::string slice_sums(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
+                       uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t soft,
+                       uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n, int64_t columns,
+                       float temperature, int formula, float c_t, float c_s, float w, float smoothing, bool from_stats,
+                       uintptr_t sums, int device, uintptr_t stream) {
+    SliceParams p;
+    static_cast<KDRowsParams&>(p) =
+        kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows, n,
+                       columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
+    p.sums = pointer<float>(sums);
+    return launch_slice_sums(p, queue(device, stream));
+}
+
 // ``scratch`` is of the outcomes' size, where there is a gradient.
 std::string rest_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
                       uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t rest,
@@ -67,6 +80,7 @@ py::list plans_for(int major, int block_shared, int sm_shared, int reserved_shar
 
 PYBIND11_MODULE(_cuda, m) {
     m.def("kd_rows", &kd_rows);
+    m.def("slice_sums", &slice_sums);
     m.def("rest_rows", &rest_rows);
     m.def("log_softmax", &log_softmax);
     m.def("scale", &scale);

@@ -54,11 +54,13 @@ RowGrid prepare_rows(KDRowsParams& p, const Functor& functor) {
     return grid;
 }
 
+constexpr int kInAnotherSlice = -2;
+
 // A row to work on, and what of it is fetched ahead.
 struct Task {
     int row;
     float hard_scale, soft_scale;
-    int label;  // −1: none, or outside the vocabulary
+    int label;  // −1: none, or outside the vocabulary; or kInAnotherSlice of it
     bool counts;
 };
 
@@ -117,6 +119,7 @@ struct KDRow {
             task.hard_scale = p.hard_scale[row];
             const uint64_t label = p.labels[row];
             if (label < static_cast<uint64_t>(p.n)) task.label = static_cast<int>(label);
+            if (label == static_cast<uint64_t>(kElsewhere)) task.label = kInAnotherSlice;
         }
         task.counts = task.hard_scale != 0.0f || task.soft_scale != 0.0f || z_scale(row) != 0.0f;
         return task;
@@ -232,20 +235,22 @@ struct KDRow {
             row.u_peak = shift_of(state.u_peak);
             row.lse_s = log2f(state.s) + z_rounding;
             row.sums = {1.0f / state.s, 1.0f / state.t, log2f(state.t / state.s)};
-            row.log_ratio = (row.sums.log_ratio + (rounding_of(row.u_peak, k) - z_rounding)) * kLn2;
+            const float u_rounding = rounding_of(row.u_peak, k);
+            row.log_ratio = (row.sums.log_ratio + (u_rounding - z_rounding)) * kLn2;
+            // A slice of −inf alone has no mass, but the teacher's may.
+            if (state.s == 0.0f) row.log_ratio = (log2f(state.t) + u_rounding) * kLn2;
         }
         if (grid.hard) {
             const float rounding = grid.is_power ? (squares() ? 2.0f : 1.0f) * z_rounding : rounding_of(row.z_peak, kLog2E);
             const float log_others = log2f(state.others) + rounding;
             row.lse_h = log_others;
-            if (p.labels) {
+            if (p.labels && task.label != kInAnotherSlice) {
                 const float t = (row.z_peak - z_y) + log_others * kLn2;
                 const LabelTerm term = label_term(t);
                 row.rest = term.rest;
                 // z_y − peak + softplus(t), without inf − inf where the label is a masked token.
-                const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t > 0.0f ? term.loss - t : 0.0f)
-                                               : (z_y - row.z_peak) + term.loss;
-                row.lse_h = log_sum * kLog2E;
+                const float log_sum = t > 0.0f ? log_others * kLn2 + (term.loss - t) : (z_y - row.z_peak) + term.loss;
+                if (z_y != -kInfinity) row.lse_h = log_sum * kLog2E;
                 row.hard = term.loss - (grid.smooths ? p.smoothing * (state.sum_z / static_cast<float>(p.n)) : 0.0f);
             }
         }

@@ -59,6 +59,8 @@ std::string supports_device(int device);
 template <class T>
 std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue);
 
+std::string launch_slice_sums(const SliceParams& params, const Queue& queue);
+
 // ``scratch`` [N, k] is for the gradient, which is from stats.
 std::string launch_rest(const RestParams& params, float* scratch, const Queue& queue);
 

@@ -41,6 +41,11 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     _cpu.kd_rows(*_arguments.kd_rows(rows, spec, None, None, stats, grad), torch.get_num_threads())
 
 
+def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
+    arguments = _arguments.kd_rows(rows, spec, None, None, stats, None)
+    _cpu.slice_sums(*arguments, sums.data_ptr(), torch.get_num_threads())
+
+
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
     arguments = _arguments.kd_rows(rows, spec, hard, rest, stats, None)
     _cpu.rest_rows(*arguments, listed.data_ptr(), listed.shape[1], 0, 0, 0, 0, torch.get_num_threads())

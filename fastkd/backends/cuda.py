@@ -59,6 +59,11 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     _call(_cuda.kd_rows, rows.student, *_arguments.kd_rows(rows, spec, None, None, stats, grad))
 
 
+def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
+    arguments = _arguments.kd_rows(rows, spec, None, None, stats, None)
+    _call(_cuda.slice_sums, rows.student, *arguments, sums.data_ptr())
+
+
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
     arguments = _arguments.kd_rows(rows, spec, hard, rest, stats, None)
     _call(_cuda.rest_rows, rows.student, *arguments, listed.data_ptr(), listed.shape[1], 0, 0)

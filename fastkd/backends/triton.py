@@ -40,6 +40,12 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     kernel.kd_rows(rows, spec, None, None, stats, grad)
 
 
+def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
+    from fastkd.kernels import slices as kernel
+
+    kernel.slice_sums(rows, spec, stats, sums)
+
+
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
     from fastkd.kernels import rest as kernel
 

@@ -39,6 +39,10 @@ class KDRowsParams(ctypes.Structure):
     ]
 
 
+class SliceParams(ctypes.Structure):
+    _fields_ = [("rows", KDRowsParams), ("sums", ctypes.c_void_p)]
+
+
 class RestParams(ctypes.Structure):
     _fields_ = [
         ("rows", KDRowsParams),
@@ -113,6 +117,13 @@ class Simt:
     def kd_rows(self, rows: Rows, spec: RowSpec, outputs: Outputs, grid: Grid, seed: int = 0) -> None:
         """``outputs`` are hard, soft, stats and dz; without hard it is the gradient from stats."""
         self.library.simt_kd_rows(ctypes.byref(kd_rows_params(rows, spec, outputs)), order(grid, seed))
+
+    def slice_sums(
+        self, rows: Rows, spec: RowSpec, stats: torch.Tensor, sums: torch.Tensor, threads: int, seed: int = 0
+    ) -> None:
+        of_rows = kd_rows_params(rows, spec, {"hard": None, "soft": None, "stats": stats, "dz": None})
+        params = SliceParams(rows=of_rows, sums=pointer(sums))
+        self.library.simt_slice_sums(ctypes.byref(params), order(Grid(1, False, threads), seed))
 
     def rest(
         self,

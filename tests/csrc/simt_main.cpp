@@ -120,6 +120,16 @@ int main(int, char** arguments) {
             });
         }
     }
+    ok &= check({"the sums of a slice", false, 1}, orders, [&](Outputs& out, const Order& order) {
+        SliceParams q;
+        static_cast<KDRowsParams&>(q) = p;
+        q.dz = matrix(out.rows), q.w = 0.5f;
+        q.hard = out.numbers.data(), q.soft = q.hard + kRows, q.stats = q.soft + kRows;
+        simt_kd_rows(&q, &order);
+        q.dz = Matrix{}, q.from_stats = true;
+        q.sums = &at(out.rows, 0, 0);
+        simt_slice_sums(&q, &order);
+    });
     ok &= check({"the rest, in place", false, 1}, orders, [&](Outputs& out, const Order& order) {
         constexpr int kListed = 40;
         std::vector<int32_t> listed;

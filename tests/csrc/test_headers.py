@@ -192,6 +192,11 @@ def test_numbers_agree() -> None:
     assert [getattr(_request, name) for name in names] == list(range(len(names)))
 
 
+def test_the_label_of_another_slice_agrees() -> None:
+    assert "kElsewhere = INT64_MIN;" in (CSRC / "params.h").read_text()
+    assert torch.iinfo(torch.int64).min == _request.ELSEWHERE
+
+
 def source(header: str, start: str) -> str:
     """The text of a braced definition."""
     text = (CSRC / header).read_text()

@@ -37,6 +37,7 @@ from fastkd.kernels.kd_rows import (
 )
 from fastkd.kernels.rest import list_kernel, rest_grad_kernel, rest_kernel
 from fastkd.kernels.scale import scale_kernel
+from fastkd.kernels.slices import row_sums_kernel
 from tests.kernels.columns import row_of
 
 TARGETS = {
@@ -54,6 +55,8 @@ COUNTED = ("kd_rows-forward_kl-fused-bf16", "kd_rows-jsd-fused-bf16")
 
 # One member of each structure.
 MEMBERS = (*NAMED.values(), SymmetricKL(0.5), JSD(0.5))
+# Those that are asked for the sums of a slice; of mixtures the longest.
+SUMMED = (Divergence("mine", c_t=0.3, c_s=0.7, w=0.25), NAMED["tvd"])
 
 
 Case = tuple[str, Any, dict[str, Any], dict[str, Any]]
@@ -78,6 +81,8 @@ def cases(target: str) -> Iterator[Case]:
         yield from rest(suffix, dtype, tiles)
         for member in MEMBERS if thorough and (dtype, peel) == THOROUGH[0] else (MEMBERS[0], MEMBERS[-1]):
             yield kd_rows(f"{member.name}-fused-{suffix}", dtype, tiles, member, "fused")
+        for member in SUMMED if thorough else SUMMED[:1]:
+            yield kd_rows(f"{member.name}-row-sums-{suffix}", dtype, tiles, member, "row_sums")
     tiles = {"VEC": 8, "PEEL": False}
     for member in (MEMBERS[0], MEMBERS[-1]) if thorough else MEMBERS[:1]:
         for mode in ("loss", "grad", "state", "sums", "slice"):
@@ -112,7 +117,9 @@ def argument_types(kernel: Any, dtype: str, peel: bool, matrices: tuple[str, ...
 
 # Where bits that list columns take the teacher's place, by VEC.
 BITS = {4: "*u8", 8: "*i16"}
-KERNELS = {"state": slice_state_kernel, "sums": slice_sums_kernel, "slice": slice_gradient_kernel}
+KERNELS = {
+    "state": slice_state_kernel, "sums": slice_sums_kernel, "slice": slice_gradient_kernel, "row_sums": row_sums_kernel,
+}  # fmt: skip
 
 
 def kd_rows(

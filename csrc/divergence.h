@@ -48,6 +48,9 @@ enum class GradSum : int { kConstant, kFromMean, kSummed };
 // Below this a divergence of weight 1 is small: terms good to 1e-7 leave it too few digits.
 constexpr float kFewDigits = 0.05f;
 
+// The sum of a few columns' far terms that makes the whole row far: they are >= 0, and no near_below is larger.
+FASTKD_HD float surely_far(const Numbers& numbers) { return kFewDigits * (numbers.c_t + numbers.c_s); }
+
 // p·x − p + q, which is p·log(p/q) − p + q >= 0, given x = log(p/q). kNear: with all its digits as x → 0.
 template <bool kNear>
 FASTKD_HD float bregman(float p, float x, float q) {

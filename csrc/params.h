@@ -50,8 +50,9 @@ struct KDRowsParams {
     }
 };
 
-// Of these columns of a row, given its normalisers by stats: Σ term and Σ g in the far form, and in the near one. Of a
-// two-sided divergence the third is Σ p_t − p_s, and the last Σ g on the other side.
+// Of these columns of a row, given its normalisers by stats: Σ term and Σ g in the far form, and in the near one, which
+// repeats the far one where that tells that the row is far. Of a two-sided divergence the third is Σ p_t − p_s, and the
+// last Σ g on the other side.
 struct SliceParams : KDRowsParams {
     float* sums = nullptr;  // [N, 4]
 };

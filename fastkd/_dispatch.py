@@ -41,13 +41,15 @@ class Backend(Protocol):
 
             Σ term and Σ g in the far form, Σ term and Σ g in the near form
 
-        weights included, all in one walk. Added over the slices, one pair or the other is the row's value and the
-        GRAD_SUM that goes with that GRAD_FORM. A total variation has one term, with all its digits, and its two forms
-        are its two sides; the third sum is Σ p_t − p_s, which is not 0 by the rounding of LOG_RATIO. With E for it, the
-        value is S + E·(G + G')/2.
+        weights included. Added over the slices, one pair or the other is the row's value and the GRAD_SUM that goes
+        with that GRAD_FORM; which, the far value tells. Where a slice's own is 0.05·(c_t + c_s) or more, and so the
+        row's, since terms are >= 0, the near pair may repeat the far one.
 
-        ``rows.soft_scale`` says which rows count; of the others sums are 0, and nothing is read. Of divergences whose
-        sums ``kd_rows`` takes in stage 1 it is not asked.
+        A total variation has one term, with all its digits, and its two forms are its two sides. The third sum is then
+        E = Σ p_t − p_s, which is not 0 by the rounding of LOG_RATIO, and the value is S + E·(G + G')/2.
+
+        ``rows.soft_scale`` says which rows count; of the others sums are 0, and nothing is read. It is not asked of a
+        cross-entropy, whose value follows from the slices' own.
 
         A backend may lack this one: the automatic choice then goes on.
         """

@@ -286,7 +286,10 @@ def slice_exact_sums(
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, FAR_KNOWN: tl.constexpr,
     FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    """Stage 2, walking back: S, Σ g in the forms that it may take, and with tvd Σ p_t − p_s, a lane."""
+    """Stage 2, walking back: S, Σ g in the forms that it may take, and with tvd Σ p_t − p_s, a lane.
+
+    Where m is the student, Σ g in the near form alone, and Σ p_s: the far one is less by c_t times that.
+    """
     sum_term = of_lanes(0.0, BLOCK, VEC)
     sum_far = of_lanes(0.0, BLOCK, VEC)
     sum_near = of_lanes(0.0, BLOCK, VEC)
@@ -310,6 +313,7 @@ def slice_exact_sums(
                 sum_excess += lane_sum(excess_of_teacher(d, p_t, p_s))
             if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
                 sum_near += lane_sum(-c_t * excess_of_teacher(d, p_t, p_s))
+                sum_excess += lane_sum(p_s)
                 if FORMULA == SYMMETRIC_KL:
                     sum_far += lane_sum(mul0(p_s, -c_s * d))  # the other part, infinite where that is
             else:

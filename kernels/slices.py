@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fastkd._request import Rows, RowSpec
 from fastkd.kernels.config import alignment, device_of, gpu_of, launch_options, row_strides, slices_of
-from fastkd.kernels.divergence import TOTAL_VARIATION
+from fastkd.kernels.divergence import MIX_STUDENT, MIX_TEACHER, TOTAL_VARIATION
 from fastkd.kernels.kd_rows import FREE, LOG_RATIO, LOG_STUDENT, NUM_STATS, PEAK_STUDENT, PEAK_TEACHER, SUMS
 from fastkd.kernels.lse import align, row_start, slice_at
 from fastkd.kernels.row_stages import slice_exact_sums
@@ -47,11 +47,16 @@ def row_sums_kernel(
             FORMULA, MIX, BALANCED, False, FAST_LOG, BLOCK, VEC, PEEL,
         )  # fmt: skip
         sum_term = tl.sum(term, 0)
-        sum_far = tl.sum(far, 0)
         third = sum_term
+        sum_far = tl.sum(far, 0)
+        sum_near = tl.sum(near, 0)
         if FORMULA == TOTAL_VARIATION:
             third = tl.sum(excess, 0)
-        sum_near = tl.sum(near, 0)
+        elif MIX == MIX_STUDENT:  # of two parts, one of which has the one form in both
+            sum_near += sum_far
+            sum_far = sum_near - c_t * tl.sum(excess, 0)
+        elif MIX == MIX_TEACHER:
+            sum_near = sum_far
     tl.store(sums_ptr, sum_term)
     tl.store(sums_ptr + 1, sum_far)
     tl.store(sums_ptr + 2, third)

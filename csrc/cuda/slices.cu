@@ -8,16 +8,12 @@ namespace {
 
 template <class T>
 std::string launch_slice_sums(SliceParams p, const Queue& queue) {
-    std::string status = "slice_sums: no functor with sums of its own has these numbers";
+    std::string status = "slice_sums: no functor has these numbers";
     const auto run = [&](auto functor) {
-        using Functor = decltype(functor);
-        if constexpr (Functor::kGradSum == GradSum::kSummed) {
-            RowGrid grid = prepare_rows(p, functor);
-            void* arguments[] = {&p, &functor, &grid};
-            const Kernels kernels = {nullptr, reinterpret_cast<const void*>(slice_sums_kernel<T, Functor>)};
-            status = launch("slice_sums", kernels, {max_vectors<T>(p.n), 2, p.rows, p.columns}, arguments, grid.share,
-                            queue);
-        }
+        RowGrid grid = prepare_rows(p, functor);
+        void* arguments[] = {&p, &functor, &grid};
+        const Kernels kernels = {nullptr, reinterpret_cast<const void*>(slice_sums_kernel<T, decltype(functor)>)};
+        status = launch("slice_sums", kernels, {max_vectors<T>(p.n), 2, p.rows, p.columns}, arguments, grid.share, queue);
     };
     Divergences::dispatch({static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w}, run);
     return status;

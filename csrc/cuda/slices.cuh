@@ -2,7 +2,7 @@
 //
 // Math    Σ term and Σ g in the far form, and in the near one (divergence.h), as SliceParams have it
 // Shapes  z, u [B, S, columns], last stride 1; scales [N], stats [N, 8], sums [N, 4]
-// Bytes   an element, e bytes wide: 2e
+// Bytes   an element, e bytes wide: 2e, and 2e more, of L2 where they still are there, if the row may be near
 // Grid    a block of up to 256 threads a row, which its threads walk over side by side
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace fastkd {
 
 template <class T, class Functor>
-FASTKD_KERNEL void FASTKD_BOUNDS(2) slice_sums_kernel(const SliceParams p, const Functor functor, const RowGrid grid) {
+FASTKD_KERNEL void FASTKD_BOUNDS(3) slice_sums_kernel(const SliceParams p, const Functor functor, const RowGrid grid) {
     FASTKD_SHARED(Exchange, exchange);
     FASTKD_SHARED(RowNumbers, row);
     const KDRow<T, Functor, true, false> kernel(p, functor, grid);
@@ -24,21 +24,16 @@ FASTKD_KERNEL void FASTKD_BOUNDS(2) slice_sums_kernel(const SliceParams p, const
     if (thread_rank() == 0) kernel.read(row, index);
     block_barrier();
     const auto reader = kernel.open(kernel.place(index));
-    SumState sums;
-    reader.template for_each<false>([&](int slot) {
-        for_columns(reader.x_at(slot), reader.y_at(slot), [&](int, float z, float u) {
-            float p_s, excess;
-            const TermGrad far = kernel.template evaluate<false>(row, z, u, p_s, excess);
-            const TermGrad near = kernel.template evaluate<true>(row, z, u, p_s, excess);
-            sums.first += Functor::kTwoSided ? near.term : far.term;
-            sums.second += far.g;
-            sums.third += Functor::kTwoSided ? excess : near.term;
-            sums.fourth += Functor::kTwoSided ? far.g - p_s : near.g;
-        });
-    });
-    const auto merge = [](const SumState& lane) { return KDRow<T, Functor, true, false>::merge(lane); };
-    sums = exchange.reduce(merge(sums), 0, merge);
-    if (thread_rank() == 0) memcpy(to, &sums, sizeof(sums));
+    const SumState far = kernel.template stage2_by_functor<Functor::kTwoSided>(reader, row, exchange, 0);
+    if (thread_rank() == 0) {
+        to[0] = far.first, to[1] = far.second;
+        to[2] = Functor::kTwoSided ? far.fourth : far.first, to[3] = far.second - far.third;
+        row.again = !Functor::kTwoSided && far.first < surely_far(functor.numbers) ? Again::kNear : Again::kNo;
+    }
+    block_barrier();
+    if (row.again == Again::kNo) return;
+    const SumState near = kernel.template stage2_by_functor<true>(reader, row, exchange, 1);
+    if (thread_rank() == 0) to[2] = near.first, to[3] = near.second;
 }
 
 }  // namespace fastkd

@@ -76,14 +76,11 @@ extern "C" void simt_slice_sums(const SliceParams* p, const Order* order) {
     with_type(p->common_dtype(), [&](auto element) {
         using T = decltype(element);
         Functors::dispatch({static_cast<Formula>(p->formula), p->c_t, p->c_s, p->w}, [&](const auto& functor) {
-            using Functor = std::decay_t<decltype(functor)>;
-            if constexpr (Functor::kGradSum == GradSum::kSummed) {
-                SliceParams params = *p;
-                RowGrid rows = prepare_rows(params, functor);
-                const auto kernel = slice_sums_kernel<T, Functor>;
-                launch(*order, static_cast<int>(p->rows), max_vectors<T>(p->n), 2, kernel, kernel, rows.share, rows,
-                       params, functor);
-            }
+            SliceParams params = *p;
+            RowGrid rows = prepare_rows(params, functor);
+            const auto kernel = slice_sums_kernel<T, std::decay_t<decltype(functor)>>;
+            launch(*order, static_cast<int>(p->rows), max_vectors<T>(p->n), 2, kernel, kernel, rows.share, rows, params,
+                   functor);
         });
     });
 }

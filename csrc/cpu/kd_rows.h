@@ -128,11 +128,12 @@ class Row {
     // Stage 2 alone, as SliceParams have it.
     void sums_from_stats(float* sums) {
         read_normalisers();
-        const auto [term, g, other_g, excess] = columns_from_stats<Functor::kTwoSided>();
-        sums[0] = term, sums[1] = g, sums[2] = Functor::kTwoSided ? excess : term, sums[3] = Functor::kTwoSided ? other_g : g;
-        if (Functor::kTwoSided || !(term < surely_far(functor_.numbers))) return;
-        const TermSums near = columns_from_stats<true>();
-        sums[2] = near.term, sums[3] = near.g;
+        constexpr bool kTwoSided = Functor::kTwoSided;
+        const TermSums far = columns_from_stats<kTwoSided>();
+        const bool is_far = !(far.term < surely_far(functor_.numbers));
+        const TermSums near = kTwoSided || is_far ? far : columns_from_stats<true>();
+        sums[0] = far.term, sums[1] = far.g;
+        sums[2] = kTwoSided ? far.excess : near.term, sums[3] = kTwoSided ? far.other_g : near.g;
     }
 
    private:
@@ -179,7 +180,7 @@ class Row {
 
     template <bool kNear>
     TermSums columns_from_stats() {
-        double term = 0.0, g = 0.0, other_g = 0.0, excess = 0.0;
+        double term = 0.0, g = 0.0, other = 0.0, excess = 0.0;
         for (int64_t i = 0; i < tiles_of(n_); ++i) {
             const Tile t = tile(i);
             by_s_[i] = by_t_[i] = 1.0f;
@@ -187,9 +188,9 @@ class Row {
             exponentials_of<Hard::kNone, Moment::kNone, false>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, none);
             TermSums sums;
             evaluate<kNear, false>(functor_, t.z, t.u, t.n, factors(i), e_s_, e_t_, sums);
-            term += sums.term, g += sums.g, other_g += sums.other_g, excess += sums.excess;
+            term += sums.term, g += sums.g, other += sums.other_g, excess += sums.excess;
         }
-        return {static_cast<float>(term), static_cast<float>(g), static_cast<float>(other_g), static_cast<float>(excess)};
+        return {static_cast<float>(term), static_cast<float>(g), static_cast<float>(other), static_cast<float>(excess)};
     }
 
     // Offset and shift of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).

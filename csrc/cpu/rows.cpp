@@ -87,8 +87,8 @@ void rest_row(const RestParams& p, int64_t row, float* scratch) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    FASTKD_ISA_NAME, kd_scratch, kd_row, sums_row, rest_scratch, rest_row, log_softmax_scratch, log_softmax_row, scale_scratch, scale_row,
-    hidden_scratch, hidden_row,
+    FASTKD_ISA_NAME,     kd_scratch,      kd_row,        sums_row,  rest_scratch,   rest_row,
+    log_softmax_scratch, log_softmax_row, scale_scratch, scale_row, hidden_scratch, hidden_row,
 };
 
 }  // namespace FASTKD_ISA

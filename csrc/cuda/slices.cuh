@@ -24,11 +24,12 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) slice_sums_kernel(const SliceParams p, const
     if (thread_rank() == 0) kernel.read(row, index);
     block_barrier();
     const auto reader = kernel.open(kernel.place(index));
-    const SumState far = kernel.template stage2_by_functor<Functor::kTwoSided>(reader, row, exchange, 0);
+    constexpr bool kTwoSided = Functor::kTwoSided;
+    const SumState far = kernel.template stage2_by_functor<kTwoSided>(reader, row, exchange, 0);
     if (thread_rank() == 0) {
         to[0] = far.first, to[1] = far.second;
-        to[2] = Functor::kTwoSided ? far.fourth : far.first, to[3] = far.second - far.third;
-        row.again = !Functor::kTwoSided && far.first < surely_far(functor.numbers) ? Again::kNear : Again::kNo;
+        to[2] = kTwoSided ? far.fourth : far.first, to[3] = far.second - far.third;
+        row.again = !kTwoSided && far.first < surely_far(functor.numbers) ? Again::kNear : Again::kNo;
     }
     block_barrier();
     if (row.again == Again::kNo) return;

@@ -96,6 +96,13 @@ def test_the_rest_of_a_row_moves_16_bytes_at_a_time() -> None:
         assert "STG.E.128" in code or "rest_rows" in name, name
 
 
+def test_the_sums_of_a_slice_read_16_bytes_at_a_time() -> None:
+    sums = {name: code for name, code in sm_90().items() if "slice_sums_kernel" in name}
+    assert len(sums) == 21  # 3 dtypes, 7 functors
+    for name, code in sums.items():
+        assert "LDG.E.128" in code, name
+
+
 # (compute capability, shared memory of a block, of an SM, reserved of a block), in KB but for the first.
 DEVICES = {"sm_80": (8, 163, 164, 1), "sm_89": (8, 99, 100, 1), "sm_90": (9, 227, 228, 1), "sm_120": (12, 99, 100, 1)}
 

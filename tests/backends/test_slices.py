@@ -235,6 +235,17 @@ def test_sums(summing: Any, device: str, name: str, near: bool, slices: int) -> 
     check_slices(summing, rows, spec, name, stats, slices)
 
 
+def test_total_variation_without_the_error_of_its_ratio(summing: Any, device: str) -> None:
+    """It feels an error of LOG_RATIO itself, which its third sum shows."""
+    rows, spec = make(device, near=True), spec_of("tvd")
+    stats = normalisers(rows, spec)
+    stats[:, LOG_RATIO] += 3e-7
+    sums = sums_of_slices(summing, rows, spec, stats, 3)
+    torch.testing.assert_close(sums[:, 2], torch.full_like(sums[:, 2], -3e-7), rtol=0.2, atol=0.0)
+    expected = DIVERGENCES["tvd"].definition(*normalised(rows, spec))
+    torch.testing.assert_close(taken(sums, spec, True)[0], expected, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_sums_of_dtypes(summing: Any, device: str, temperature: float, dtype: torch.dtype) -> None:

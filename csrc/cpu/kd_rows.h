@@ -185,7 +185,7 @@ class Row {
             const Tile t = tile(i);
             by_s_[i] = by_t_[i] = 1.0f;
             ExpSums none;
-            exponentials_of<Hard::kNone, Moment::kNone, false>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, none);
+            exponentials_of<Hard::kNone, Moment::kNone, Moment::kNone>(t, 0, t.n, z_peak_, u_peak_, z_peak_, 0, none);
             TermSums sums;
             evaluate<kNear, false>(functor_, t.z, t.u, t.n, factors(i), e_s_, e_t_, sums);
             term += sums.term, g += sums.g, other += sums.other_g, excess += sums.excess;

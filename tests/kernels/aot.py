@@ -56,7 +56,7 @@ COUNTED = ("kd_rows-forward_kl-fused-bf16", "kd_rows-jsd-fused-bf16")
 # One member of each structure.
 MEMBERS = (*NAMED.values(), SymmetricKL(0.5), JSD(0.5))
 # Those that are asked for the sums of a slice; of mixtures the longest.
-SUMMED = (Divergence("mine", c_t=0.3, c_s=0.7, w=0.25), NAMED["tvd"])
+SUMMED = (Divergence("mine", c_t=0.3, c_s=0.7, w=0.25), NAMED["tvd"], SymmetricKL(0.5))
 
 
 Case = tuple[str, Any, dict[str, Any], dict[str, Any]]

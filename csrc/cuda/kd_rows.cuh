@@ -538,7 +538,8 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
             if (kernel.is_first()) kernel.write(numbers, task.row);
         }
         if constexpr (kResident) next = kernel.next_that_counts(next, step);
-        const auto next_reader = kernel.open(kernel.place(next.row));
+        const Place next_place = kernel.place(next.row);
+        const auto next_reader = kernel.open(next_place);
         const bool has_next = next.row < kernel.rows();
         bool refilled = false;
         if (grid.writes) {
@@ -546,7 +547,8 @@ kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) 
             refilled = kernel.stage3(reader, next_reader, has_next, numbers, task, place);
         }
         if (has_next && !refilled) next_reader.start();
-        task = next, place = kernel.place(next.row);  // again: registers are scarcer
+        // Worked out again where stage 3 has no registers to keep it.
+        task = next, place = Functor::kApart ? kernel.place(next.row) : next_place;
         reader = next_reader;
     }
 }

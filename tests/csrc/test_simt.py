@@ -217,15 +217,19 @@ def error_of_plain_pytorch(rows: Rows, spec: RowSpec) -> float:
         elif spec.formula == Formula.CROSS_ENTROPY:
             value = -(a.exp() * b).sum(-1)
         else:
-            # w is 0 or 1 where the mixture is one of the two.
-            log_w, log_v = (math.log(w) if w else -math.inf for w in (spec.w, 1 - spec.w))
-            log_m = torch.logaddexp(a + log_w, b + log_v)
-            value = (spec.c_t * a.exp() * (a - log_m) + spec.c_s * b.exp() * (b - log_m)).sum(-1)
+            value = sum(mixture(part, a, b) for part in spec.summands)
         (value.flatten() * rows.soft_scale.to(dtype)).sum().backward()
         return z.grad
 
     exact = gradient(torch.float64)
     return float((gradient(torch.float32) - exact).norm() / exact.norm())
+
+
+def mixture(spec: RowSpec, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    # w is 0 or 1 where the mixture is one of the two.
+    log_w, log_v = (math.log(w) if w else -math.inf for w in (spec.w, 1 - spec.w))
+    log_m = torch.logaddexp(a + log_w, b + log_v)
+    return (spec.c_t * a.exp() * (a - log_m) + spec.c_s * b.exp() * (b - log_m)).sum(-1)
 
 
 def test_a_sum_that_overflows_is_taken_again(simt: Simt) -> None:

@@ -138,8 +138,9 @@ def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         teacher = LinearLogits(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     elif teacher_ids is not None:
         teacher = TopK(teacher_ids, teacher, tail=tail)
-    place = Place(*args[-3:])
-    losses, grads = _run_linear(source, teacher, vectors, _row_spec(numbers, varying), autocast, *args[-5:-3], place)
+    (chunk_rows, wants), place = args[-5:-3], Place(*args[-3:])
+    spec = _row_spec(numbers, varying)
+    losses, grads = _run_linear(source, teacher, vectors, spec, autocast, chunk_rows, wants, place)
     given = zip(grads, (student, weight, bias), strict=True)
     return *losses, *(student.new_empty(0) if grad is None else grad.view(t.shape) for grad, t in given)
 

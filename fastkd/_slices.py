@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,6 @@ Result = TypeVar("Result")
 # for, 300 rows and more; the rest, where latency no longer counts, goes in a second one.
 _HEAD = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FORWARD_KL = {"formula": int(Formula.MIXTURE_KL), "c_t": 1.0, "c_s": 0.0, "w": 0.0}
 
 
 class Call(NamedTuple):
@@ -95,7 +94,7 @@ def choose(
         return _dispatch.choose(logits, place.backend, teacher, operation)
     if operation == "kd_rows":
         operation = "slice_sums"
-    return Sliced(_dispatch.choose(logits, place.backend, teacher, operation), place, agreed)
+    return cast(Backend, Sliced(_dispatch.choose(logits, place.backend, teacher, operation), place, agreed))
 
 
 def tokens_of(place: Place, vocab_size: int, columns: int) -> int:
@@ -136,10 +135,9 @@ def check_group(group: ProcessGroup | None) -> None:
 def place_in(group: ProcessGroup, student: object) -> Place:
     """Of slices as wide as the student's, in this group."""
     check_group(group)
-    columns = student.weight if isinstance(student, LinearLogits) else student
-    dim = 0 if isinstance(student, LinearLogits) else -1
-    has_columns = isinstance(columns, Tensor) and columns.dim() > 0
-    return Place("", group.group_name, columns.shape[dim] if has_columns else 0)
+    columns, dim = (student.weight, 0) if isinstance(student, LinearLogits) else (student, -1)
+    width = columns.shape[dim] if isinstance(columns, Tensor) and columns.dim() > 0 else 0
+    return Place("", group.group_name, width)
 
 
 def columns_in(place: Place) -> int:
@@ -162,7 +160,7 @@ def raise_together(place: Place, check: Callable[[], Result]) -> Result:
 
 
 class Sliced:
-    """The part of ``_dispatch.Backend`` that works on rows, over slices. Specs, labels and listed columns are global."""
+    """The part of ``_dispatch.Backend`` that works on rows, over slices. Specs, labels, listed columns are global."""
 
     def __init__(self, backend: Backend, place: Place, agreed: Sequence[int] = ()) -> None:
         self._backend, self._agreed = backend, agreed
@@ -173,7 +171,7 @@ class Sliced:
         self, rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None
     ) -> None:
         """See ``_dispatch.Backend``, as of all here. Nothing is known of G before the exchange: kd_grad follows it."""
-        first = spec if _tells_value(spec) else spec._replace(**_FORWARD_KL)
+        first = spec if _tells_value(spec) else spec._replace(formula=int(Formula.MIXTURE_KL), c_t=1.0, c_s=0.0, w=0.0)
         own, of_slice = self._own(rows, first)
         if of_slice.vocab_size:
             self._backend.kd_rows(own, of_slice, hard, soft, stats, None)
@@ -213,11 +211,11 @@ class Sliced:
             self._backend.rest_rows(own, of_slice, of_own, hard, rest, stats)
         else:
             _of_no_token(hard, rest, stats)
-        state = _hard_state(own, of_slice, hard, stats) | {"peak": stats[:, PEAK_TEACHER], "rest": rest}
+        state = _hard_state(own, of_slice, hard, stats) | {"rest_peak": stats[:, PEAK_TEACHER], "rest": rest}
         states = self._exchange(self._call("rest_rows", rows, spec, None, listed.shape[1]), state, rows)
         stats.zero_()
         self._merge_hard(rows, spec, states, hard, stats)
-        peak, log_sum, _ = _masses(states["peak"], states["rest"], 1.0 / spec.temperature)
+        peak, log_sum, _ = _masses(states["rest_peak"], states["rest"], 1.0 / spec.temperature)
         stats[:, PEAK_TEACHER], stats[:, LOG_RATIO] = peak, log_sum
         rest.copy_(stats[:, LOG_RATIO])
         self._leave_out(rows, hard, rest)
@@ -283,7 +281,7 @@ class Sliced:
         if rows.labels is None:
             return
         owner = (rows.labels // self._width).clamp(0, self._size - 1).unsqueeze(0)
-        log_owner, loss, rest = (x.gather(0, owner).squeeze(0) for x in (log_p, states["hard"], states["rest"]))
+        log_owner, loss, rest = (x.gather(0, owner).squeeze(0) for x in (log_p, states["hard"], states["label_rest"]))
         others = log_p.exp().scatter(0, owner, 0.0).sum(0)
         nothing = log_owner == -math.inf  # a label with no probability, whose slice has none
         loss = loss - torch.where(others < 0.5, torch.log1p(-others), log_owner)
@@ -326,11 +324,12 @@ class Sliced:
 
     def _call(self, operation: str, rows: Rows, spec: RowSpec, grad: Tensor | None, listed: int = 0) -> Call:
         there = [tensor is not None for tensor in (*rows[2:], grad)] + [bool(flag) for flag in self._agreed[1:]]
+        terms = sum(2**i for i, flag in enumerate(there) if flag)
         teacher = -1 if rows.teacher is None else _DTYPES.index(rows.teacher.dtype)
         count = rows.student.shape[:-1].numel()
         return Call(
             0, _OPERATIONS.index(operation), count, self._agreed[0] if self._agreed else count, self._width,
-            spec.vocab_size, _DTYPES.index(rows.student.dtype), teacher, sum(2**i for i, flag in enumerate(there) if flag),
+            spec.vocab_size, _DTYPES.index(rows.student.dtype), teacher, terms,
             spec.formula, spec.c_t, spec.c_s, spec.w, spec.temperature, spec.label_smoothing, listed,
         )  # fmt: skip
 
@@ -380,7 +379,7 @@ def _hard_state(own: Rows, of_slice: RowSpec, hard: Tensor, stats: Tensor) -> di
             z_y = own.student.gather(-1, column).view(-1).to(hard.dtype)
             of_label = (stats[:, PEAK_STUDENT] - z_y) + stats[:, LOG_HARD]
             hard = torch.where(rest < 0.5, -torch.log1p(-rest), of_label)
-    return state | {"hard": hard, "rest": rest}
+    return state | {"hard": hard, "label_rest": rest}
 
 
 def _exact_ratio(spec: RowSpec, soft: Tensor, stats: Tensor) -> Tensor:
@@ -391,7 +390,7 @@ def _exact_ratio(spec: RowSpec, soft: Tensor, stats: Tensor) -> Tensor:
 
 
 def _masses(peak: Tensor, log_sum: Tensor, inv_t: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [ranks, N]: the row's peak, 0 where all is −inf, log Σ exp relative to it, and the slices' log-probabilities."""
+    """Of [ranks, N]: the row's peak, 0 where all is −inf, log Σ exp relative to it, and log P of the slices."""
     nothing = log_sum == -math.inf
     of_row = peak.masked_fill(nothing, -math.inf).amax(0)
     of_row = of_row.masked_fill(of_row == -math.inf, 0.0)
@@ -448,7 +447,7 @@ def _checksum(rows: Rows) -> Tensor:
 
 
 def _resolved(group: str) -> ProcessGroup:
-    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type,attr-defined]
 
 
 def _rank_of(group: str) -> tuple[int, int]:

@@ -190,7 +190,8 @@ def kd_loss(
     if unknown:
         _keywords.check_keywords("kd_loss", kd_loss, unknown)
     student, teacher, vectors = student_logits, teacher_logits, (labels, mask, soft_mask, token_weights)
-    place, row_groups, spread = WHOLE, (), None
+    place, spread = WHOLE, None
+    row_groups: tuple[str, ...] = ()
     if _validate.has_dtensor(student, teacher, *vectors):
         from fastkd import _dtensor
 
@@ -289,15 +290,15 @@ def kd_loss(
         place=place,
         own_rows=soft_mask is not None,
     )
-    parts = ()
-    if return_parts:
-        parts = (
-            _mean(hard if hard_alone is None else hard_alone, hard_rows, row_groups),
-            _mean(soft if soft_alone is None else soft_alone, soft_rows, row_groups),
-        )
     if spread:
-        loss, parts = spread.loss(loss, per_row=reduction == "none"), map(spread.replicated, parts)
-    return KDLossParts(loss, *parts) if return_parts else loss
+        loss = spread.loss(loss, per_row=reduction == "none")
+    if not return_parts:
+        return loss
+    hard = _mean(hard if hard_alone is None else hard_alone, hard_rows, row_groups)
+    soft = _mean(soft if soft_alone is None else soft_alone, soft_rows, row_groups)
+    if spread:
+        hard, soft = spread.replicated(hard), spread.replicated(soft)
+    return KDLossParts(loss, hard, soft)
 
 
 def log_softmax(
@@ -353,7 +354,7 @@ def _row_scale(
     token_weights: Tensor | None,
     reduction: str,
     num_items: Items | None,
-    row_groups: tuple[str, ...],
+    row_groups: tuple[str, ...] = (),
 ) -> Tensor:
     """What a row's loss is multiplied by, weights of the terms apart; 0 for a row that does not count. ``(...)``."""
     counts = None if labels is None else labels != ignore_index

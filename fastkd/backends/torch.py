@@ -292,11 +292,12 @@ def _soft_term(
     # Where the student has no mass, the teacher's alone.
     stats[:, LOG_RATIO] = (u_sum / torch.where(z_sum == 0, 1.0, z_sum)).log_()
     columns = _columns(spec, chunk, z, z_exps, u_exps, stats)
+    broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])  # what _no_nan hides of a NaN in the logits
     if spec.formula == Formula.TOTAL_VARIATION:
         soft, g, columns = _total_variation(spec, chunk, z, z_exps, u_exps, columns, stats)
     else:
         terms, g = _far(spec, columns)
-        soft = terms.sum(-1)
+        soft = terms.sum(-1) + broken
         stats[:, GRAD_SUM] = -spec.c_t if spec.mix == Mix.STUDENT else g.sum(-1)
         near = soft < spec.near_below
         if not near.is_cpu or bool(near.any()):
@@ -308,8 +309,7 @@ def _soft_term(
     if spec.formula == Formula.CROSS_ENTROPY:
         relative = z - stats[:, PEAK_STUDENT, None]  # far from 0 the mean of z has no digits left
         soft = stats[:, LOG_STUDENT] - _no_nan(columns.p_t * relative).sum(-1) / spec.temperature
-    # What _no_nan hides of a NaN in the logits, the normalisers still show.
-    soft = (soft + 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])).clamp_(min=0.0)
+    soft = (soft + broken).clamp_(min=0.0)
     return soft, _soft_gradient(spec, chunk, columns, g, stats) if want_grad else None
 
 

@@ -103,6 +103,6 @@ def other_gradients(rank: int) -> dict[str, Any]:
     [(other_rows, "in rows_in_all: 8 and 10"), (other_chunks, "in rows: 5 and 4"), (other_gradients, "in terms")],
 )
 def test_another_number_of_exchanges(ranks: Ranks, differ: Callable[[int], dict[str, Any]], message: str) -> None:
-    """Chunks that begin alike, of fewer rows on one rank; and a sum of gradients that one rank would not take part in."""
+    """Chunks that begin alike, of fewer rows on one rank; a sum of gradients that one rank would not take part in."""
     for raised in ranks.run(chunks, differ, size=2):
         assert raised is not None and message in raised, raised

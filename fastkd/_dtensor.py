@@ -44,6 +44,7 @@ class Spread(NamedTuple):
     placements: Placements  # of the logits
     rows: Placements  # of what has one entry a row
     place: Place
+    in_slices: int  # columns of all of them; 0 of a vocabulary that is whole
     row_groups: tuple[str, ...]
 
     def student(self, source: Any) -> Any:
@@ -177,4 +178,5 @@ def _of_placements(name: str, mesh: DeviceMesh, placements: Placements, shape: t
         else:
             rows.append(Replicate())
             group, width = mesh.get_group(dim).group_name, -(-shape[-1] // mesh.size(dim))
-    return Spread(mesh, shape[:-1], placements, tuple(rows), Place("", group, width), tuple(row_groups))
+    place = Place("", group, width)
+    return Spread(mesh, shape[:-1], placements, tuple(rows), place, shape[-1] if group else 0, tuple(row_groups))

@@ -132,22 +132,17 @@ def check_group(group: ProcessGroup | None) -> None:
         raise TypeError(f"vocab_group: got {type(group).__name__}, must be a process group: mesh.get_group() of a mesh")
 
 
-def place_in(group: ProcessGroup, student: object) -> Place:
-    """Of slices as wide as the student's, in this group."""
+def place_in(group: ProcessGroup, student: object) -> tuple[Place, int]:
+    """(of slices as wide as the student's, in this group; columns of them all)."""
     check_group(group)
     columns, dim = (student.weight, 0) if isinstance(student, LinearLogits) else (student, -1)
     width = columns.shape[dim] if isinstance(columns, Tensor) and columns.dim() > 0 else 0
-    return Place("", group.group_name, width)
-
-
-def columns_in(place: Place) -> int:
-    """Of all slices; 0 of a vocabulary that is whole."""
-    return _rank_of(place.group)[1] * place.width if place.group else 0
+    return Place("", group.group_name, width), group.size() * width
 
 
 def raise_together(place: Place, check: Callable[[], Result]) -> Result:
     """The result of a check that may raise on one rank alone: the others, who go on to an exchange, raise there."""
-    if not place.group:
+    if not place.group or torch.compiler.is_compiling():  # which traces no error
         return check()
     try:
         return check()

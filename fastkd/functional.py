@@ -190,7 +190,7 @@ def kd_loss(
     if unknown:
         _keywords.check_keywords("kd_loss", kd_loss, unknown)
     student, teacher, vectors = student_logits, teacher_logits, (labels, mask, soft_mask, token_weights)
-    place, spread = WHOLE, None
+    place, in_slices, spread = WHOLE, 0, None
     row_groups: tuple[str, ...] = ()
     if _validate.has_dtensor(student, teacher, *vectors):
         from fastkd import _dtensor
@@ -198,9 +198,9 @@ def kd_loss(
         spread = _dtensor.spread_of(student, vocab_group)
         student, teacher = spread.student(student), spread.teacher(teacher)
         labels, mask, soft_mask, token_weights = spread.vectors(vectors)
-        place, row_groups = spread.place, spread.row_groups
+        place, in_slices, row_groups = spread.place, spread.in_slices, spread.row_groups
     elif vocab_group is not None:
-        place = _slices.place_in(vocab_group, student)
+        place, in_slices = _slices.place_in(vocab_group, student)
     place = place._replace(backend=_dispatch.requested(backend))
 
     def check() -> tuple[Divergence, Tensor]:
@@ -214,7 +214,7 @@ def kd_loss(
         else:
             teacher_like = _checked("teacher_logits", teacher, place)
             _validate.check_device("teacher_logits", teacher_like, like)
-        _validate.check_vocabularies(like, teacher_like, vocab_size, _slices.columns_in(place))
+        _validate.check_vocabularies(like, teacher_like, vocab_size, in_slices)
         _validate.check_bool("scale_soft_by_t2", scale_soft_by_t2)
         _validate.check_label_smoothing(label_smoothing)
         _validate.check_int("ignore_index", ignore_index)
@@ -264,7 +264,7 @@ def kd_loss(
         labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts needs one too
     spec = RowSpec(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
-        (_slices.columns_in(place) or like.shape[-1]) if vocab_size is None else int(vocab_size),
+        (in_slices or like.shape[-1]) if vocab_size is None else int(vocab_size),
     )  # fmt: skip
     has_hard = hard_weight is not None and hard_weight != 0
     has_z = z_loss_weight != 0

@@ -41,7 +41,7 @@ def test_loss_and_gradient(ranks: Ranks, layout: str, columns: int) -> None:
     cases, names = [], []
     for name in ("forward_kl", "tvd"):
         for reduction in ("mean", "sum", "none"):
-            keywords = {"hard_weight": 0.5, "reduction": reduction, "backend": "torch"}
+            keywords = {"hard_weight": 0.5, "reduction": reduction, "backend": "torch", "label_smoothing": 0.1}
             if reduction == "mean":
                 keywords |= {"mask": torch.rand(4, 5) > 0.2, "token_weights": torch.rand(4, 5)}
             cases.append((student, teacher, labels, keywords | {"divergence": DIVERGENCES[name].argument}))

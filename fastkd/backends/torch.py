@@ -71,14 +71,12 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
         is_near = of_chunk[:, GRAD_FORM, None] != 0
         if spec.formula == Formula.TOTAL_VARIATION:
             g = _sides(columns)[0].sub_(torch.where(is_near, columns.p_s, 0.0))
-        elif not is_near.is_cpu:
-            g = torch.where(is_near, _near(spec, columns)[1], _far(spec, columns)[1])
-        elif bool(is_near.all()):
+        elif is_near.is_cpu and not bool(is_near.any()):
+            g = _far(spec, columns)[1]
+        elif is_near.is_cpu and bool(is_near.all()):
             g = _near(spec, columns)[1]
         else:
-            g = _far(spec, columns)[1]
-            if bool(is_near.any()):
-                g = torch.where(is_near, _near(spec, columns)[1], g)
+            g = torch.where(is_near, _near(spec, columns)[1], _far(spec, columns)[1])
         return z[:, 0], _soft_gradient(spec, chunk, columns, g, of_chunk)
 
     _walk(rows, spec, stats, grad, soft_term)
@@ -301,7 +299,7 @@ def _soft_term(
     else:
         terms, g = _far(spec, columns)
         soft = terms.sum(-1) + broken
-        stats[:, GRAD_SUM] = -spec.c_t if spec.mix == Mix.STUDENT else g.sum(-1)
+        stats[:, GRAD_SUM] = -spec.c_t if spec.summands[-1].mix == Mix.STUDENT else g.sum(-1)
         near = soft < spec.near_below
         if not near.is_cpu or bool(near.any()):
             columns = _centred(spec, chunk, z, z_exps, u_exps, columns, stats, near)
@@ -317,11 +315,22 @@ def _soft_term(
 
 
 def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor, stats: Tensor) -> Tensor:
-    """``soft_scale·∂D/∂z``, T·∂D/∂z being g − p_s·G, written over ``g``."""
+    """``soft_scale·∂D/∂z``, T·∂D/∂z being g − p_s·G, written over ``g``.
+
+    Of a reverse KL G goes from d, not from p_s·d: that, where p_s is near 1, has been rounded at the size of a d of
+    tens. And where it is infinite there is no gradient.
+    """
     assert chunk.soft_scale is not None
-    dz = g.addcmul_(columns.p_s, stats[:, GRAD_SUM, None], value=-1.0)
-    if spec.formula == Formula.MIXTURE_KL and spec.mix == Mix.TEACHER:  # where it is infinite
-        dz.nan_to_num_(0.0, 0.0, 0.0)
+    grad_sum, last = stats[:, GRAD_SUM, None], spec.summands[-1]
+    if last.mix == Mix.TEACHER:
+        slope = (columns.d + grad_sum / last.c_s).nan_to_num_(0.0, 0.0, 0.0).mul_(-last.c_s)
+        dz = slope.mul_(columns.p_s)
+        if last is not spec:
+            is_near = stats[:, GRAD_FORM, None] != 0
+            masses = _difference(columns) if not is_near.is_cpu or bool(is_near.any()) else columns.p_t - columns.p_s
+            dz = torch.where(grad_sum == math.inf, 0.0, dz.add_(masses, alpha=-spec.c_t))
+    else:
+        dz = g.addcmul_(columns.p_s, grad_sum, value=-1.0)
     broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])
     return dz.mul_((chunk.soft_scale / spec.temperature + broken).unsqueeze(1))
 
@@ -333,8 +342,12 @@ def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor, sta
 
 
 def _far(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
-    """(terms, g) of every mixture."""
-    return _FAR[spec.mix](spec, *columns)
+    """(terms, g) of every mixture, and of a sum of two."""
+    terms, g = _FAR[spec.summands[0].mix](spec, *columns)
+    for other in spec.summands[1:]:
+        more, g = _FAR[other.mix](other, *columns)
+        terms = terms + more
+    return terms, g
 
 
 def _student_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,10 +377,16 @@ _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: 
 
 def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """The same where the two are close; the terms have the masses m − p added, so that each is >= 0."""
-    (d, p_t, p_s), c_t, c_s, w = columns, spec.c_t, spec.c_s, spec.w
+    d, p_t, p_s = columns
     d = d.clamp(-80.0, 80.0)  # beyond, a column has no mass on one side, and all that multiplies it must stay finite
-    if spec.mix == Mix.TEACHER:
-        return c_s * _bregman(p_s, -d, p_t), (d * -c_s).mul_(p_s)
+    last = spec.summands[-1]
+    if last.mix == Mix.TEACHER:
+        terms, g = last.c_s * _bregman(p_s, -d, p_t), (d * -last.c_s).mul_(p_s)
+        if last is not spec:
+            terms.add_(_bregman(p_t, d, p_s), alpha=spec.c_t)
+            g.sub_(_difference(columns), alpha=spec.c_t)
+        return terms, g
+    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
     excess = torch.expm1(d)  # p_t/p_s − 1
     m = torch.lerp(p_s, p_t, w)
     log_s = (excess * w).log1p_().neg_()  # log(p_s/m)

@@ -35,9 +35,9 @@ def counted(sent: list[int]) -> Iterator[None]:
     """The bytes of every message go to ``sent``."""
     gather, add = _slices._all_gather, _slices.summed
 
-    def count_gather(tensor: Tensor, *rest: Any) -> Tensor:
+    def count_gather(tensor: Tensor, group: str) -> Tensor:
         sent.append(tensor.nbytes)
-        return gather(tensor, *rest)
+        return gather(tensor, group)
 
     def count_sum(tensor: Tensor, group: str) -> Tensor:
         sent.append(tensor.nbytes)

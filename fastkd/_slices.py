@@ -1,6 +1,6 @@
 """The vocabulary in slices over the ranks of a process group: of a backend and a group, a backend for whole rows.
 
-Math    P_t(r), P_s(r) are the masses of slice r and D_r the divergence of its own two softmaxes. The chain rule gives
+Math    P_t(r), P_s(r) are the masses of slice r; what has an index r is of its own two softmaxes. The chain rule gives
 
             KL(p_t‖p_s) = Σ_r P_t(r)·(KL_r + log P_t(r)/P_s(r))          reverse KL likewise, by P_s
             H(p_t, p_s) = Σ_r P_t(r)·(H_r − log P_s(r))                  lse(z) − z_y = hard_r − log P(r) of y's slice
@@ -99,16 +99,14 @@ def choose(
 
 def tokens_of(place: Place, vocab_size: int, columns: int) -> int:
     """How many of this rank's columns are tokens, given how many of the whole are."""
-    if not place.group:
-        return vocab_size
-    return min(max(vocab_size - _rank_of(place.group)[0] * place.width, 0), columns)
+    return min(max(vocab_size - _start_of(place), 0), columns) if place.group else vocab_size
 
 
 def listed_logits(student: Tensor, listed: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     """[N, K] of [B, S, V], whoever has them; whatever where ``listed`` is −1."""
     if not place.group:
         return _gather_columns(student, listed).to(dtype)
-    own = _own_columns(listed, _rank_of(place.group)[0] * place.width, student.shape[-1])
+    own = _own_columns(listed, _start_of(place), student.shape[-1])
     # One rank has it and the others 0, so that the sum is exact.
     mine = student.new_zeros(listed.shape, dtype=dtype)
     if student.shape[-1]:
@@ -159,8 +157,8 @@ class Sliced:
 
     def __init__(self, backend: Backend, place: Place, agreed: Sequence[int] = ()) -> None:
         self._backend, self._agreed = backend, agreed
-        self._group, self._width = place.group, place.width
-        self._rank, self._size = _rank_of(place.group)
+        self._place, self._group, self._width = place, place.group, place.width
+        self._start, self._size = _start_of(place), _resolved(place.group).size()
 
     def kd_rows(
         self, rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None
@@ -181,7 +179,7 @@ class Sliced:
                 "soft": soft,
                 "form": stats[:, GRAD_FORM],
             }
-        states = self._exchange(self._call("kd_rows", rows, spec, grad), state, rows)
+        states = self._exchange(self._call("kd_rows", rows, spec, grad), state, rows[2:])
         stats.zero_()
         self._merge_hard(rows, spec, states, hard, stats)
         if rows.soft_scale is not None:
@@ -202,12 +200,13 @@ class Sliced:
     def rest_rows(self, rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
         own, of_slice = self._own(rows, spec)
         if of_slice.vocab_size:
-            of_own = self._listed(listed, of_slice)
+            of_own = _own_columns(listed, self._start, of_slice.vocab_size)
             self._backend.rest_rows(own, of_slice, of_own, hard, rest, stats)
         else:
             _of_no_token(hard, rest, stats)
         state = _hard_state(own, of_slice, hard, stats) | {"rest_peak": stats[:, PEAK_TEACHER], "rest": rest}
-        states = self._exchange(self._call("rest_rows", rows, spec, None, listed.shape[1]), state, rows)
+        call = self._call("rest_rows", rows, spec, None, listed.shape[1])
+        states = self._exchange(call, state, (*rows[2:], listed.view(-1)))
         stats.zero_()
         self._merge_hard(rows, spec, states, hard, stats)
         peak, log_sum, _ = _masses(states["rest_peak"], states["rest"], 1.0 / spec.temperature)
@@ -220,7 +219,8 @@ class Sliced:
     ) -> None:
         own, of_slice, of_own = self._for_gradient(rows, spec, stats)
         if of_slice.vocab_size:
-            self._backend.rest_grad(own, of_slice, self._listed(listed, of_slice), outcome_grad, of_own, grad)
+            of_listed = _own_columns(listed, self._start, of_slice.vocab_size)
+            self._backend.rest_grad(own, of_slice, of_listed, outcome_grad, of_own, grad)
         else:
             grad.zero_()
 
@@ -229,7 +229,7 @@ class Sliced:
 
         With label smoothing 1 its hard term is lse − mean z, whatever the label is.
         """
-        tokens = self._tokens(rows, spec)
+        tokens = tokens_of(self._place, spec.vocab_size, rows.student.shape[-1])
         smoothing = 1.0 if spec.label_smoothing else 0.0
         labels = self._labels(rows, spec, tokens, 0 if spec.label_smoothing else ELSEWHERE)
         return rows._replace(labels=labels), spec._replace(vocab_size=tokens, label_smoothing=smoothing)
@@ -239,7 +239,7 @@ class Sliced:
 
         Backends give it hard_scale·(ε_r·(1 − 1/n_r) − rest) + f·(1 − rest), f being the z-loss's factor of softmax(z).
         """
-        tokens = self._tokens(rows, spec)
+        tokens = tokens_of(self._place, spec.vocab_size, rows.student.shape[-1])
         smoothing = spec.label_smoothing * tokens / spec.vocab_size
         if rows.labels is not None and spec.label_smoothing:
             assert rows.hard_scale is not None
@@ -252,21 +252,13 @@ class Sliced:
         own = rows._replace(labels=self._labels(rows, spec, tokens, ELSEWHERE))
         return own, spec._replace(vocab_size=tokens, label_smoothing=smoothing), stats
 
-    def _tokens(self, rows: Rows, spec: RowSpec, rank: int | None = None) -> int:
-        start = (self._rank if rank is None else rank) * self._width
-        width = rows.student.shape[-1] if rank is None else self._width
-        return min(max(spec.vocab_size - start, 0), width)
-
     def _labels(self, rows: Rows, spec: RowSpec, tokens: int, elsewhere: int) -> Tensor | None:
         """Those of this slice; −1, as outside the whole, stays outside the slice."""
         if rows.labels is None:
             return None
-        own = rows.labels - self._rank * self._width
+        own = rows.labels - self._start
         is_token = (rows.labels >= 0) & (rows.labels < spec.vocab_size)
         return torch.where((own >= 0) & (own < tokens), own, torch.where(is_token, elsewhere, -1))
-
-    def _listed(self, listed: Tensor, of_slice: RowSpec) -> Tensor:
-        return _own_columns(listed, self._rank * self._width, of_slice.vocab_size)
 
     def _merge_hard(self, rows: Rows, spec: RowSpec, states: dict[str, Tensor], hard: Tensor, stats: Tensor) -> None:
         if "log_h" not in states:
@@ -283,8 +275,8 @@ class Sliced:
         rest = torch.where(nothing, 1.0, others + log_owner.exp() * rest)
         loss = torch.where(nothing, math.inf, loss)
         if spec.label_smoothing:
-            tokens = torch.tensor([self._tokens(rows, spec, rank) for rank in range(self._size)], dtype=torch.float64)
-            share = (tokens / spec.vocab_size).to(loss.device, non_blocking=True).unsqueeze(1)
+            starts = self._width * torch.arange(self._size, device=loss.device).unsqueeze(1)
+            share = (spec.vocab_size - starts).clamp(0, self._width).to(loss.dtype) / spec.vocab_size
             over_mean = torch.where(log_p == -math.inf, math.inf, states["mean"] - log_p)
             smooth = torch.where(share == 0, 0.0, share * over_mean).sum(0)
             loss = (1.0 - spec.label_smoothing) * loss + spec.label_smoothing * smooth
@@ -297,7 +289,7 @@ class Sliced:
         sums = stats.new_zeros(len(stats), 4)
         if of_slice.vocab_size:
             self._backend.slice_sums(own, of_slice, stats, sums)
-        far, g_far, near, g_near = _all_gather(sums, self._group, self._size).double().sum(0).unbind(-1)
+        far, g_far, near, g_near = _all_gather(sums, self._group).double().sum(0).unbind(-1)
         if of_slice.formula == Formula.TOTAL_VARIATION:  # one value, Σ (p_t − p_s), and the G of either side
             is_near = g_far > -g_near
             value = far + near * (g_far + g_near) / 2
@@ -328,20 +320,22 @@ class Sliced:
             spec.formula, spec.c_t, spec.c_s, spec.w, spec.temperature, spec.label_smoothing, listed,
         )  # fmt: skip
 
-    def _exchange(self, call: Call, state: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
+    def _exchange(self, call: Call, state: dict[str, Tensor], vectors: Sequence[Tensor | None]) -> dict[str, Tensor]:
         """The states of all slices, each [ranks, N] in float64, once it is known that these are of the same call."""
         mine = torch.stack(list(state.values()), -1)
         words = mine.view(torch.int32).view(-1)
         room = min(_HEAD - _WORDS, len(words))
         numbers, is_new = _numbers_of(call, self._group, words.device)
         head = words.new_zeros(_HEAD)
-        torch.cat((numbers, _checksum(rows).view(torch.int32), words[:room]), out=head[: _WORDS + room])
-        heads = _all_gather(head, self._group, self._size)
+        torch.cat(
+            (numbers, _checksum(vectors, words.device).view(torch.int32), words[:room]), out=head[: _WORDS + room]
+        )
+        heads = _all_gather(head, self._group)
         if words.is_cpu or is_new:
             _compare(heads[:, :_WORDS])
         whole = heads[:, _WORDS : _WORDS + room]
         if room < len(words):
-            whole = torch.cat((whole, _all_gather(words[room:], self._group, self._size)), 1)
+            whole = torch.cat((whole, _all_gather(words[room:], self._group)), 1)
         each = whole.contiguous().view(mine.dtype).view(self._size, *mine.shape).double().unbind(-1)
         return dict(zip(state, each, strict=True))
 
@@ -354,7 +348,8 @@ def _tells_value(spec: RowSpec) -> bool:
 def _of_no_token(hard: Tensor, soft: Tensor, stats: Tensor) -> None:
     """What a backend would say of a slice without columns, of which none is asked."""
     stats.zero_()
-    stats[:, [LOG_HARD, LOG_STUDENT, LOG_RATIO]] = -math.inf
+    for column in (LOG_HARD, LOG_STUDENT, LOG_RATIO):
+        stats[:, column] = -math.inf
     hard.zero_()
     soft.fill_(-math.inf)
 
@@ -431,13 +426,13 @@ def _own_columns(listed: Tensor, start: int, tokens: int) -> Tensor:
     return own.masked_fill_((listed < 0) | (own < 0) | (own >= tokens), -1)
 
 
-def _checksum(rows: Rows) -> Tensor:
-    """[1] int64, of labels and scales by their bits: every rank must have the same rows."""
-    total = torch.zeros(1, dtype=torch.int64, device=rows.student.device)
-    for i, vector in enumerate(rows[2:]):
+def _checksum(vectors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """[1] int64, of labels, scales and listed columns by their bits: every rank must have the same rows."""
+    total = torch.zeros(1, dtype=torch.int64, device=device)
+    for i, vector in enumerate(vectors):
         if vector is not None:
             bits = vector.view(torch.int64 if vector.element_size() == 8 else torch.int32).long()
-            total += (bits * torch.arange(1 + i, len(bits) + 1 + i, device=bits.device)).sum()
+            total += (bits * torch.arange(1 + i, len(bits) + 1 + i, device=device)).sum()
     return total
 
 
@@ -445,10 +440,9 @@ def _resolved(group: str) -> ProcessGroup:
     return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type,attr-defined]
 
 
-def _rank_of(group: str) -> tuple[int, int]:
-    """(this process's rank in it, its size)."""
-    found = _resolved(group)
-    return found.rank(), found.size()
+def _start_of(place: Place) -> int:
+    """This rank's first column."""
+    return _resolved(place.group).rank() * place.width
 
 
 _seen: dict[tuple[Any, ...], Tensor] = {}
@@ -465,9 +459,9 @@ def _numbers_of(call: Call, group: str, device: torch.device) -> tuple[Tensor, b
     return words, True
 
 
-def _all_gather(tensor: Tensor, group: str, size: int = 0) -> Tensor:
+def _all_gather(tensor: Tensor, group: str) -> Tensor:
     """[ranks, ...]."""
-    size = size or _rank_of(group)[1]
+    size = _resolved(group).size()
     flat = tensor.contiguous().view(-1)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(flat, size, group)
     result: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
@@ -495,8 +489,8 @@ def _compare(heads: Tensor) -> None:
                 )
     others = [rank for rank in range(len(heads)) if bool((heads[rank] != heads[0]).any())]
     raise RuntimeError(
-        f"vocab_group: rank {others[0]} of the group has other labels, masks or weights than rank 0; the ranks that "
-        "share a vocabulary must have the same rows"
+        f"vocab_group: rank {others[0]} of the group has other rows than rank 0: labels, masks, weights or listed "
+        "tokens; ranks that share a vocabulary must have the same"
     )
 
 

@@ -26,7 +26,8 @@ def sliced_loss(group: ProcessGroup, cases: list[tuple[Tensor, Any, Tensor | Non
         grad_output = keywords.pop("grad_output", None)
         leaf = own_slice(student, group).requires_grad_()
         of_teacher = own_slice(teacher, group) if type(teacher) is Tensor else teacher
-        loss = fastkd.kd_loss(leaf, of_teacher, labels, vocab_group=group, **keywords)
+        given = leaf * 1.0 if keywords.get("inplace_backward") else leaf
+        loss = fastkd.kd_loss(given, of_teacher, labels, vocab_group=group, **keywords)
         (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss) if grad_output is None else grad_output)
         results.append((loss.detach(), grad))
     return results

@@ -43,8 +43,14 @@ FAULTS: dict[str, tuple[dict[str, Any], int, torch.dtype, str]] = {
     "number": ({"divergence": fastkd.JSD(0.3)}, 6, torch.float32, "rank 1 .* in c_t: 0.3 and 1"),
     "terms": ({"labels": None, "hard_weight": None}, 6, torch.float32, "rank 1 .* in terms"),
     "vocab_size": ({"vocab_size": 30}, 6, torch.float32, "rank 1 .* in vocab_size: 30 and"),
-    "labels": ({"labels": torch.zeros(6, dtype=torch.int64)}, 6, torch.float32, "rank 1 .* other labels"),
-    "weights": ({"token_weights": torch.full((6,), 2.0)}, 6, torch.float32, "rank 1 .* other labels, masks or weights"),
+    "labels": ({"labels": torch.zeros(6, dtype=torch.int64)}, 6, torch.float32, "rank 1 .* other rows than rank 0"),
+    "listed": (
+        {"teacher_logits": fastkd.TopK(torch.zeros(6, 1).long(), torch.zeros(6, 1))},
+        6,
+        torch.float32,
+        "rank 1 .* in operation: rest_rows and kd_rows",
+    ),
+    "weights": ({"token_weights": torch.full((6,), 2.0)}, 6, torch.float32, "rank 1 .* other rows than rank 0"),
 }
 
 

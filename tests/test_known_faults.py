@@ -213,8 +213,8 @@ def test_the_triton_backend_does_not_synchronise(device: str, name: str) -> None
     operators = torch.ops.fastkd
     with NoSync(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_labels, "check_rows", lambda *_: None)
-        *_, stats, grad = operators.kd_rows(student, *rows, *spec, True, "triton")
-        operators.kd_grad(student, *rows, stats, *spec, "triton")
+        *_, stats, grad = operators.kd_rows(student, *rows, *spec, True, *Place("triton"))
+        operators.kd_grad(student, *rows, stats, *spec, *Place("triton"))
         operators.scale_(grad, scales[0, 0], "triton")
         out, lse = operators.log_softmax(student, 2.0, None, torch.float32, "triton")
         operators.log_softmax_backward(out, student, lse, 2.0, None, "triton")

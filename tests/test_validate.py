@@ -83,6 +83,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vocab_size": 4.0}, TypeError, "vocab_size: got float, must be an int"),
     ({"vocab_size": True}, TypeError, "vocab_size: got bool, must be an int"),
     ({"backend": "cudnn"}, ValueError, "backend: got 'cudnn', must be one of 'cpu', 'cuda', 'torch', 'triton'"),
+    ({"vocab_group": "tp"}, TypeError, "vocab_group: got str, must be a process group"),
     ({"teacher_logits": Z.to("meta")}, ValueError, "teacher_logits: got device meta, must be student_logits' cpu"),
     ({"labels": LABELS.to("meta")}, ValueError, "labels: got device meta, must be student_logits' cpu"),
     ({"mask": MASK.to("meta")}, ValueError, "mask: got device meta, must be student_logits' cpu"),

@@ -186,7 +186,7 @@ def _run_linear(
             assert of_rows.soft_scale is not None
             _sparse.check(teacher, spec.vocab_size, of_rows.soft_scale)
 
-    _slices.raise_together(place, check)
+    _slices.raise_together(place, logits, check)
     losses = _losses(logits)
     flat_losses = [t.view(losses[0].numel(), *t.shape[logits.dim() - 1 :]) for t in losses]
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
@@ -264,7 +264,7 @@ def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor,
     def check() -> None:
         _check_labels(student, spec, labels, hard_scale, soft_scale)
 
-    _slices.raise_together(place, check)
+    _slices.raise_together(place, student, check)
     losses = _losses(student)
     hard, soft, stats = losses
     rows, grad = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)

@@ -138,14 +138,15 @@ def place_in(group: ProcessGroup, student: object) -> tuple[Place, int]:
     return Place("", group.group_name, width), group.size() * width
 
 
-def raise_together(place: Place, check: Callable[[], Result]) -> Result:
+def raise_together(place: Place, student: object, check: Callable[[], Result]) -> Result:
     """The result of a check that may raise on one rank alone: the others, who go on to an exchange, raise there."""
     if not place.group or torch.compiler.is_compiling():  # which traces no error
         return check()
     try:
         return check()
     except Exception:
-        device = torch.distributed.distributed_c10d._get_pg_default_device(_resolved(place.group))
+        tensor = student.hidden if isinstance(student, LinearLogits) else student
+        device = tensor.device if isinstance(tensor, Tensor) else "cpu"
         head = torch.zeros(_HEAD, dtype=torch.int32, device=device)
         head[:2] = torch.ones(1, dtype=torch.float64, device=device).view(torch.int32)
         _all_gather(head, place.group)

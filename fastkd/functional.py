@@ -243,7 +243,7 @@ def kd_loss(
             _validate.check_inplace(student, teacher.log_probs if isinstance(teacher, TopK) else teacher)
         return member, like
 
-    member, like = _slices.raise_together(place, check)
+    member, like = _slices.raise_together(place, student, check)
     if labels is None and soft_mask is not None:  # the soft term is all there is
         mask, soft_mask = soft_mask, None
     rows: Callable[..., tuple[Tensor, Tensor, Tensor]]

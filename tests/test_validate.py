@@ -202,7 +202,7 @@ def test_dtensor() -> None:
         from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
         logits = distribute_tensor(Z, init_device_mesh("cpu", (1,)), [Replicate()])
-        with pytest.raises(TypeError, match="^student_logits: got Tensor with DTensors"):
+        with pytest.raises(TypeError, match=r"^student_logits: got Tensor with DTensors"):
             call(teacher_logits=logits)
         with pytest.raises(TypeError, match=r"^logits: got a DTensor, must be a tensor: full_tensor\(\), or"):
             fastkd.log_softmax(logits)

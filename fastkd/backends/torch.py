@@ -36,9 +36,8 @@ from fastkd._request import (
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
 LOG2_E = math.log2(math.e)
-# (which rows, their tensors, z [R, n], its peak [R, 1], exp((z − peak)/T), their statistics) to (soft [R], its gradient
-# [R, n] if wanted)
-SoftTerm: TypeAlias = Callable[[slice, Rows, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+# (which rows, their tensors, z [R, n], exp((z − peak)/T), their statistics) to (soft [R], its gradient [R, n] or None)
+SoftTerm: TypeAlias = Callable[[slice, Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 # glibc gives freed blocks back to the system above twice the size of the largest mapped block freed so far, by default
 # 256 KB: every chunk would fault its temporaries in again, which trebles the time. Freeing 16 MB once raises that.
@@ -54,9 +53,7 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
-    def soft_term(
-        at: slice, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor, of_chunk: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor | None]:
         return _soft_term(spec, chunk, z, exps, of_chunk, grad is not None)
 
     stats.zero_()
@@ -64,10 +61,8 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
 
 
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
-    def soft_term(
-        at: slice, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor, of_chunk: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, z, of_chunk), of_chunk)
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor]:
+        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
         is_near = of_chunk[:, GRAD_FORM, None] != 0
         if spec.formula == Formula.TOTAL_VARIATION:
             g = _sides(columns)[0].sub_(torch.where(is_near, columns.p_s, 0.0))
@@ -84,10 +79,10 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
 
 def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
     assert rows.soft_scale is not None
-    for at, chunk, _ in _chunks(rows, spec.vocab_size, None):
-        z, of_chunk = chunk.student.to(sums.dtype), stats[at]
+    for at, chunk, _ in _chunks(rows, spec.vocab_size, None, sums.dtype):
+        z, of_chunk = chunk.student, stats[at]
         exps = _exps(z, of_chunk[:, PEAK_STUDENT, None], spec.temperature)
-        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, z, of_chunk), of_chunk)
+        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
         if spec.formula == Formula.TOTAL_VARIATION:
             difference = _difference(columns)
             above, below = _sides(columns)
@@ -111,8 +106,8 @@ def _walk(
 ) -> None:
     """Chunk by chunk: the soft term, and what every row operation adds to it. Without losses ``stats`` are known."""
     dead = _dead_rows(rows)
-    for at, chunk, out in _chunks(rows, spec.vocab_size, grad):
-        z, of_chunk = chunk.student.to(stats.dtype), stats[at]
+    for at, chunk, out in _chunks(rows, spec.vocab_size, grad, stats.dtype):
+        z, of_chunk = chunk.student, stats[at]
         if losses:
             of_chunk[:, PEAK_STUDENT] = _finite(z.amax(-1))
         peak = of_chunk[:, PEAK_STUDENT, None]
@@ -120,7 +115,7 @@ def _walk(
         exps = _exps(z, peak, temperature)
         dz = None
         if chunk.soft_scale is not None:
-            soft, dz = soft_term(at, chunk, z, peak, exps, of_chunk)
+            soft, dz = soft_term(at, chunk, z, exps, of_chunk)
             if losses:
                 losses[1][at] = soft
         if chunk.hard_scale is not None or chunk.z_scale is not None:
@@ -141,9 +136,7 @@ def _walk(
 
 
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
-    def soft_term(
-        at: slice, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor, of_chunk: Tensor
-    ) -> tuple[Tensor, None]:
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, None]:
         u = z.masked_fill(_is_listed(z, listed[at]), -math.inf)
         of_chunk[:, PEAK_TEACHER] = _finite(u.amax(-1))
         of_chunk[:, LOG_RATIO] = _exps(u, of_chunk[:, PEAK_TEACHER, None], spec.temperature).sum(-1).log_()
@@ -153,9 +146,7 @@ def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Ten
 
 
 def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
-    def soft_term(
-        at: slice, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor, of_chunk: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor]:
         rest, some = of_chunk[:, LOG_RATIO, None], listed[at]
         of_outcome = outcome_grad[at] / spec.temperature
         u = z.masked_fill(_is_listed(z, some), -math.inf)
@@ -259,26 +250,29 @@ class _Columns(NamedTuple):
 
 
 def _columns(spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, u_exps: Tensor, stats: Tensor) -> _Columns:
-    """From the row's normalisers alone, the peaks, LOG_STUDENT and LOG_RATIO, whoever summed them.
+    """From the row's normalisers alone, whoever summed them; ``u_exps`` is consumed."""
+    log_student, log_ratio = stats[:, LOG_STUDENT, None], stats[:, LOG_RATIO, None]
+    p_t, p_s = u_exps.mul_(torch.exp(-(log_student + log_ratio))), z_exps * torch.exp(-log_student)
+    return _Columns(_log_ratio(spec, chunk, z, stats), p_t, p_s)
 
-    d = (u − z)/T − shift comes from the difference of the logits, which is exact where they are close, and keeps its
-    digits where they are not if their offset goes first.
+
+def _log_ratio(spec: RowSpec, chunk: Rows, z: Tensor, stats: Tensor) -> Tensor:
+    """d = (u − z)/T − shift: from the difference of the logits, which is exact where they are close.
+
+    Where they are not it keeps its digits if their offset goes first.
     """
     assert chunk.teacher is not None
-    u = chunk.teacher.to(z.dtype)
-    z_peak, u_peak = stats[:, PEAK_STUDENT, None], stats[:, PEAK_TEACHER, None]
-    log_student, log_ratio = stats[:, LOG_STUDENT, None], stats[:, LOG_RATIO, None]
+    u, z_peak, u_peak = chunk.teacher, stats[:, PEAK_STUDENT, None], stats[:, PEAK_TEACHER, None]
     offset = ((u_peak - z_peak) / 8.0).round_() * 8.0
     if not offset.is_cpu or bool(offset.any()):
         u, u_peak = u - offset, u_peak - offset
     inv_t = 1.0 / spec.temperature
-    d = _no_nan((u - z).mul_(inv_t).sub_((u_peak - z_peak) * inv_t + log_ratio))
-    return _Columns(d, u_exps * torch.exp(-(log_student + log_ratio)), z_exps * torch.exp(-log_student))
+    return _no_nan((u - z).mul_(inv_t).sub_((u_peak - z_peak) * inv_t + stats[:, LOG_RATIO, None]))
 
 
-def _teacher_exps(spec: RowSpec, chunk: Rows, z: Tensor, stats: Tensor) -> Tensor:
+def _teacher_exps(spec: RowSpec, chunk: Rows, stats: Tensor) -> Tensor:
     assert chunk.teacher is not None
-    return _exps(chunk.teacher.to(z.dtype), stats[:, PEAK_TEACHER, None], spec.temperature)
+    return _exps(chunk.teacher, stats[:, PEAK_TEACHER, None], spec.temperature)
 
 
 def _soft_term(
@@ -286,8 +280,8 @@ def _soft_term(
 ) -> tuple[Tensor, Tensor | None]:
     """(soft [R], its gradient times soft_scale [R, n]), and the statistics that are the soft term's."""
     assert chunk.teacher is not None
-    stats[:, PEAK_TEACHER] = _finite(chunk.teacher.amax(-1).to(z.dtype))
-    u_exps = _teacher_exps(spec, chunk, z, stats)
+    stats[:, PEAK_TEACHER] = _finite(chunk.teacher.amax(-1))
+    u_exps = _teacher_exps(spec, chunk, stats)
     z_sum, u_sum = z_exps.sum(-1), u_exps.sum(-1)
     stats[:, LOG_STUDENT] = z_sum.log()
     # Where the student has no mass, the teacher's alone.
@@ -295,14 +289,14 @@ def _soft_term(
     columns = _columns(spec, chunk, z, z_exps, u_exps, stats)
     broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])  # what _no_nan hides of a NaN in the logits
     if spec.formula == Formula.TOTAL_VARIATION:
-        soft, g, columns = _total_variation(spec, chunk, z, z_exps, u_exps, columns, stats)
+        soft, g, columns = _total_variation(spec, chunk, z, columns, stats)
     else:
         terms, g = _far(spec, columns)
         soft = terms.sum(-1) + broken
         stats[:, GRAD_SUM] = -spec.c_t if spec.summands[-1].mix == Mix.STUDENT else g.sum(-1)
         near = soft < spec.near_below
         if not near.is_cpu or bool(near.any()):
-            columns = _centred(spec, chunk, z, z_exps, u_exps, columns, stats, near)
+            columns = _centred(spec, chunk, z, columns, stats, near)
             near_terms, near_g = _near(spec, columns)
             soft, g = torch.where(near, near_terms.sum(-1), soft), torch.where(near.unsqueeze(1), near_g, g)
             stats[:, GRAD_SUM] = torch.where(near, near_g.sum(-1), stats[:, GRAD_SUM])
@@ -352,7 +346,8 @@ def _far(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
 
 def _student_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
     """m = p_s: g = −c_t·p_t."""
-    return _no_nan(p_t * d).mul_(spec.c_t), p_t * -spec.c_t
+    terms = _no_nan(p_t * d)
+    return terms if spec.c_t == 1.0 else terms.mul_(spec.c_t), p_t * -spec.c_t
 
 
 def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,13 +390,12 @@ def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     return terms, slope.mul_(p_s)
 
 
-def _centred(
-    spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, u_exps: Tensor, columns: _Columns, stats: Tensor,
-    near: Tensor,
-) -> _Columns:  # fmt: skip
+def _centred(spec: RowSpec, chunk: Rows, z: Tensor, columns: _Columns, stats: Tensor, near: Tensor) -> _Columns:
     """Of rows that are near, without what the rounding of the normalisers adds to all d: it shows in Σ (p_t − p_s)."""
-    stats[:, LOG_RATIO] += torch.where(near, _difference(columns).sum(-1), 0.0)
-    return _columns(spec, chunk, z, z_exps, u_exps, stats)
+    excess = torch.where(near, _difference(columns).sum(-1), 0.0)
+    stats[:, LOG_RATIO] += excess
+    p_t = columns.p_t * torch.exp(-excess).unsqueeze(1)
+    return columns._replace(d=_log_ratio(spec, chunk, z, stats), p_t=p_t)
 
 
 def _difference(columns: _Columns) -> Tensor:
@@ -422,19 +416,19 @@ def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
 
 
 def _total_variation(
-    spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, u_exps: Tensor, columns: _Columns, stats: Tensor
+    spec: RowSpec, chunk: Rows, z: Tensor, columns: _Columns, stats: Tensor
 ) -> tuple[Tensor, Tensor, _Columns]:
     """(soft, g, columns): g is of the side that has less of p_s."""
-    soft = 0.5 * _difference(columns).abs_().sum(-1)
+    soft = 0.5 * (columns.p_t - columns.p_s).abs_().sum(-1)
     near = soft < NEAR
     if not near.is_cpu or bool(near.any()):
-        columns = _centred(spec, chunk, z, z_exps, u_exps, columns, stats, near)
+        columns = _centred(spec, chunk, z, columns, stats, near)
         soft = 0.5 * _difference(columns).abs_().sum(-1)
     above, below = _sides(columns)
     of_above, of_below = above.sum(-1), below.sum(-1)
     other = of_above > -of_below
     stats[:, GRAD_SUM], stats[:, GRAD_FORM] = torch.where(other, of_below, of_above), other.to(stats.dtype)
-    return soft, torch.where(other.unsqueeze(1), below, above), columns
+    return soft, above.addcmul_(columns.p_s, other.to(above.dtype).unsqueeze(1), value=-1.0), columns
 
 
 def _sides(columns: _Columns) -> tuple[Tensor, Tensor]:
@@ -455,7 +449,8 @@ def _hard_term(spec: RowSpec, chunk: Rows, z: Tensor, exps: Tensor, stats: Tenso
     label = chunk.labels.unsqueeze(1)
     column = label.clamp(0, spec.vocab_size - 1)
     z_y, exp_y = z.gather(1, column), exps.gather(1, column)
-    others = exps.scatter(1, column, 0.0).sum(-1, keepdim=True)
+    others = exps.scatter_(1, column, 0.0).sum(-1, keepdim=True)
+    exps.scatter_(1, column, exp_y)
     stats[:, LOG_HARD] = (others + exp_y).log_().squeeze(1)
     t = (stats[:, PEAK_STUDENT, None] - z_y) + others.log()
     hard, rest = _softplus(t), t.sigmoid()
@@ -536,15 +531,17 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunks(rows: Rows, vocab_size: int, grad: Tensor | None) -> Iterator[tuple[slice, Rows, Tensor | None]]:
-    """(which rows, their tensors [R, n] and [R], where their gradient goes [R, V])."""
+def _chunks(
+    rows: Rows, vocab_size: int, grad: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Rows, Tensor | None]]:
+    """(which rows, their tensors [R, n], of this dtype, and [R], where their gradient goes [R, V])."""
     matrices = [t for t in (rows.student, rows.teacher, grad) if t is not None]
     for at, parts in _split(*matrices):
         student, *others = parts
         out = others.pop() if grad is not None else None
-        teacher = others.pop()[:, :vocab_size] if others else None
+        teacher = others.pop()[:, :vocab_size].to(dtype) if others else None
         vectors = (None if t is None else t[at] for t in rows[2:])
-        yield at, Rows(student[:, :vocab_size], teacher, *vectors), out
+        yield at, Rows(student[:, :vocab_size].to(dtype), teacher, *vectors), out
 
 
 def _split(*matrices: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:

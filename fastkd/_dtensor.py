@@ -143,15 +143,16 @@ def _spread_of_product(name: str, source: LinearLogits) -> Spread:
     if hidden.device_mesh != weight.device_mesh:
         raise ValueError(f"{name}.weight: got a mesh other than hidden's: {weight.device_mesh}, {hidden.device_mesh}")
     placements: list[Any] = []
+    last = hidden.dim() - 1
     for of_hidden, of_weight in zip(hidden.placements, weight.placements, strict=True):
         if isinstance(of_hidden, Replicate) and type(of_weight) is Shard and of_weight.dim == 0:
-            placements.append(Shard(hidden.dim() - 1))
-        elif isinstance(of_weight, Replicate):
+            placements.append(Shard(last))
+        elif isinstance(of_weight, Replicate) and of_hidden != Shard(last):
             placements.append(of_hidden)
         else:
             raise ValueError(
                 f"{name}.weight: got placement {of_weight} with {of_hidden} of hidden on the same mesh dimension; must "
-                "be Shard(0) with Replicate(), a matrix in slices, or Replicate()"
+                "be Shard(0) with Replicate(), a matrix in slices, or Replicate(), with any of hidden's rows"
             )
     shape = torch.Size((*hidden.shape[:-1], weight.shape[0]))
     return _of_placements(name, hidden.device_mesh, tuple(placements), shape)

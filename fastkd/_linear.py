@@ -111,7 +111,8 @@ def linear_rows(
     row_bytes = z_source.row_bytes + (u_source.row_bytes if u_source else 0)
     agreed = (count, *wants)
     step = chunk_rows or (default_chunk_rows(row_bytes, is_cpu) if row_bytes else max(1, count))
-    for start in range(0, count, step):
+    # Ranks of a sliced vocabulary exchange something at least, lest one without rows go on where others wait.
+    for start in range(0, max(count, bool(place.group)), step):
         at = slice(start, min(start + step, count))
         rows = at if counted is None else counted[at]
         z, dz = z_source.logits(rows)

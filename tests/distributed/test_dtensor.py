@@ -159,6 +159,11 @@ def rows_and_matrix_alike(mesh: Any, group: ProcessGroup) -> None:
     fastkd.kd_loss(source, source)
 
 
+def a_part_of_each_hidden_state(mesh: Any, group: ProcessGroup) -> None:
+    source = fastkd.LinearLogits(sharded(mesh, 1), distribute_tensor(torch.zeros(6, 8), mesh, [Replicate()]))
+    fastkd.kd_loss(source, source)
+
+
 def no_group(mesh: Any, group: ProcessGroup) -> None:
     fastkd.kd_loss(torch.zeros(4, 8), torch.zeros(4, 8), vocab_group=mesh)
 
@@ -176,6 +181,7 @@ REFUSED = {
     a_group_as_well: "vocab_group: got one with DTensors",
     another_mesh: "teacher_logits: got a DTensor on .*must be on student_logits'",
     rows_and_matrix_alike: "student_logits.weight: got placement .*Replicate",
+    a_part_of_each_hidden_state: r"student_logits.weight: got placement .* with .*, with any of hidden's rows",
     no_group: "vocab_group: got DeviceMesh, must be a process group",
     hidden_states: "student_hidden: got a DTensor",
 }

@@ -100,13 +100,22 @@ def other_chunks(rank: int) -> dict[str, Any]:
     return {"chunk_rows": 5 if rank else 4}
 
 
+def no_rows(rank: int) -> dict[str, Any]:
+    return {"labels": torch.full((10,), -100 if rank else 2), "hard_weight": 0.5}
+
+
 def other_gradients(rank: int) -> dict[str, Any]:
     return {"learns": rank == 0}
 
 
 @pytest.mark.parametrize(
     ("differ", "message"),
-    [(other_rows, "in rows_in_all: 8 and 10"), (other_chunks, "in rows: 5 and 4"), (other_gradients, "in terms")],
+    [
+        (other_rows, "in rows_in_all: 8 and 10"),
+        (other_chunks, "in rows: 5 and 4"),
+        (other_gradients, "in terms"),
+        (no_rows, "in rows: 0 and 10"),
+    ],
 )
 def test_another_number_of_exchanges(ranks: Ranks, differ: Callable[[int], dict[str, Any]], message: str) -> None:
     """Chunks that begin alike, of fewer rows on one rank; a sum of gradients that one rank would not take part in."""

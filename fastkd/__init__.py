@@ -3,6 +3,7 @@
 from fastkd._dispatch import use_backend as use_backend
 from fastkd._labels import check_labels as check_labels
 from fastkd._version import __version__ as __version__
+from fastkd.distributed import global_items as global_items
 from fastkd.divergences import JSD as JSD
 from fastkd.divergences import Divergence as Divergence
 from fastkd.divergences import SkewKL as SkewKL

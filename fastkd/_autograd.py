@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastkd import _linear, _op
-from fastkd._request import LOG_HARD, PEAK_STUDENT, RowSpec
+from fastkd._request import LOG_HARD, PEAK_STUDENT, Place, RowSpec
 from fastkd.sources import LinearLogits, TopK
 
 # Whether the running backward keeps its graph. Private to PyTorch; without it, assume that it does and copy.
@@ -74,25 +74,25 @@ class _ScalarLoss(torch.autograd.Function):
         spec: RowSpec,
         varying: Tensor | None,
         inplace: bool,
-        backend: str,
+        place: Place,
         own_rows: bool,
     ) -> tuple[Tensor, ...]:
         rows = (student, teacher, labels, hard_scale, soft_scale, z_scale, *spec, varying)
         want_grad = ctx.needs_input_grad[0]
         inplace = inplace and want_grad
         if inplace:
-            hard, soft, stats = _op.kd_rows_(*rows, backend)
+            hard, soft, stats = _op.kd_rows_(*rows, *place)
             ctx.mark_dirty(student)
             grad = student
         else:
-            hard, soft, stats, grad = _op.kd_rows(*rows, want_grad, backend)
+            hard, soft, stats, grad = _op.kd_rows(*rows, want_grad, *place)
         if own_rows:
             hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         # soft is nobody's to change and, left differentiable, leads back to the logits without keeping them.
         ctx.save_for_backward(grad, soft)
         ctx.mark_non_differentiable(hard)
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
+        ctx.place = place
         loss = _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale).sum()
         return (loss, hard, soft, student) if inplace else (loss, hard, soft)
 
@@ -105,7 +105,7 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 11
         grad, soft = ctx.saved_tensors
-        return _final(_scaled(grad, grad_loss, ctx.backend), soft), *(None,) * 10
+        return _final(_scaled(grad, grad_loss, ctx.place.backend), soft), *(None,) * 10
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -123,17 +123,17 @@ class _LossPerRow(torch.autograd.Function):
         spec: RowSpec,
         varying: Tensor | None,
         inplace: bool,
-        backend: str,
+        place: Place,
         own_rows: bool,
     ) -> tuple[Tensor, ...]:
         rows = (student, teacher, labels, hard_scale, soft_scale, z_scale, *spec, varying)
-        hard, soft, stats, _ = _op.kd_rows(*rows, False, backend)
+        hard, soft, stats, _ = _op.kd_rows(*rows, False, *place)
         if own_rows:
             hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         _save(ctx, student, teacher, labels, hard_scale, soft_scale, z_scale, stats, varying)
         ctx.mark_non_differentiable(hard, soft)
         ctx.set_materialize_grads(False)
-        ctx.spec, ctx.inplace, ctx.backend = spec, inplace, backend
+        ctx.spec, ctx.inplace, ctx.place = spec, inplace, place
         return _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale), hard, soft
 
     @staticmethod
@@ -141,7 +141,7 @@ class _LossPerRow(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 11
         student, teacher, labels, *scales, stats, varying = _saved(ctx)
-        rows = (student, teacher, labels, *_times(scales, grad_loss), stats, *ctx.spec, varying, ctx.backend)
+        rows = (student, teacher, labels, *_times(scales, grad_loss), stats, *ctx.spec, varying, *ctx.place)
         if ctx.inplace and not _is_batched(grad_loss):
             grad = student.detach()
             _op.kd_grad_(grad, *rows[1:])
@@ -171,20 +171,20 @@ class _LinearLoss(torch.autograd.Function):
         numbers: tuple[Any, ...],
         late: bool,
         inplace: bool,
-        backend: str,
+        place: Place,
         own_rows: bool,
     ) -> tuple[Tensor, ...]:
         sources = (student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids)
         tensors = (*sources, labels, hard_scale, soft_scale, z_scale)
         wants = [want and not late for want in ctx.needs_input_grad[:3]]
-        ctx.numbers, ctx.late, ctx.inplace, ctx.backend = numbers, late, inplace, backend
+        ctx.numbers, ctx.late, ctx.inplace, ctx.place = numbers, late, inplace, place
         dirty = inplace and wants[0]
         if dirty:
             hard, soft, stats = _LinearLoss._over_logits(ctx, tensors, varying)
             ctx.mark_dirty(student)
             grads: list[Any] = [student, None, None]
         else:
-            hard, soft, stats, *grads = _op.linear_rows(*tensors, *numbers[:7], varying, *numbers[7:], wants, backend)
+            hard, soft, stats, *grads = _op.linear_rows(*tensors, *numbers[:7], varying, *numbers[7:], wants, *place)
         if own_rows:
             hard, soft = _counted(hard, hard_scale), _counted(soft, soft_scale)
         losses = _weighted(hard, soft, stats, hard_scale, soft_scale, z_scale)
@@ -215,11 +215,11 @@ class _LinearLoss(torch.autograd.Function):
                 _LinearLoss._over_logits(ctx, (grads[0], *tensors[1:]), varying)
             else:
                 numbers = (*ctx.numbers[:7], varying, *ctx.numbers[7:])
-                grads = _op.linear_rows(*tensors, *numbers, list(wants), ctx.backend)[3:]
+                grads = _op.linear_rows(*tensors, *numbers, list(wants), *ctx.place)[3:]
         else:
             *grads, soft = ctx.saved_tensors
             wanted = zip(grads, wants, strict=True)
-            grads = [_scaled(grad, grad_loss, ctx.backend) if want else grad for grad, want in wanted]
+            grads = [_scaled(grad, grad_loss, ctx.place.backend) if want else grad for grad, want in wanted]
         final = (_final(grad, soft) if want else None for grad, want in zip(grads, wants, strict=True))
         return *final, *(None,) * 14
 
@@ -228,7 +228,7 @@ class _LinearLoss(torch.autograd.Function):
         student, _, _, log_probs, _, _, ids, *vectors = tensors
         *spec, _, _, _, _, tail, _, _ = ctx.numbers
         losses: tuple[Tensor, ...] = _op.sparse_rows_(
-            student, log_probs, ids, *vectors, *spec, varying, tail, ctx.backend
+            student, log_probs, ids, *vectors, *spec, varying, tail, *ctx.place
         )
         return losses
 
@@ -262,7 +262,7 @@ def kd_rows(
     *,
     per_row: bool,
     inplace: bool,
-    backend: str,
+    place: Place,
     own_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, hard, soft) with a gradient to ``student``, or the sum of the losses: of a row
@@ -277,7 +277,7 @@ def kd_rows(
     late = per_row or student.dtype == torch.float16
     function = _LossPerRow if late else _ScalarLoss
     loss, hard, soft = _apply(
-        function, student, teacher, labels, hard_scale, soft_scale, z_scale, spec, varying, inplace, backend, own_rows
+        function, student, teacher, labels, hard_scale, soft_scale, z_scale, spec, varying, inplace, place, own_rows
     )[:3]
     return loss.sum() if late and not per_row else loss, hard, soft
 
@@ -293,7 +293,7 @@ def linear_rows(
     *,
     per_row: bool,
     chunk_rows: int | None,
-    backend: str,
+    place: Place,
     inplace: bool = False,
     own_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,7 +312,7 @@ def linear_rows(
     numbers = (*spec, scale, softcap, teacher_scale, teacher_softcap, tail, autocast, chunk_rows)
     loss, hard, soft = _apply(
         _LinearLoss, *of_student, *of_teacher, ids, labels, hard_scale, soft_scale, z_scale, varying, numbers, late,
-        inplace, backend, own_rows,
+        inplace, place, own_rows,
     )[:3]  # fmt: skip
     return loss.sum() if late and not per_row else loss, hard, soft
 
@@ -344,7 +344,7 @@ class _HiddenLoss(_ScalarLoss):
         losses, grad = _op.hidden_rows(student, teacher, scale, kind, ctx.needs_input_grad[0], backend)
         ctx.save_for_backward(grad, losses)
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
+        ctx.place = Place(backend)
         return (losses * scale).sum(), None, losses
 
 

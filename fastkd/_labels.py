@@ -25,6 +25,11 @@ def check_labels(labels: Tensor, vocab_size: int, *, ignore_index: int = -100, m
         TypeError: labels that are no int64 tensor.
         ValueError: a mask of another shape or dtype; a bad label, naming the first, its row and how many there are.
     """
+    _check(labels, vocab_size, counted(labels, ignore_index, mask))
+
+
+def counted(labels: Tensor, ignore_index: int, mask: Tensor | None) -> Tensor:
+    """Which rows count, of arguments that are as they must be."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}, must be an int64 tensor")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
@@ -32,7 +37,7 @@ def check_labels(labels: Tensor, vocab_size: int, *, ignore_index: int = -100, m
             f"mask: got {mask.dtype} {tuple(mask.shape)}, must be bool {tuple(labels.shape)}, as labels are"
         )
     counts = labels != ignore_index
-    _check(labels, vocab_size, counts if mask is None else counts & mask)
+    return counts if mask is None else counts & mask
 
 
 def check_rows(labels: Tensor, vocab_size: int, hard_scale: Tensor, soft_scale: Tensor | None) -> None:

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from fastkd import _dispatch, _sparse
-from fastkd._request import Rows, RowSpec
+from fastkd import _slices, _sparse
+from fastkd._request import WHOLE, Place, Rows, RowSpec
 from fastkd._views import row_views
 from fastkd.sources import LinearLogits, TopK
 
@@ -82,7 +82,7 @@ class Source(Protocol):
 
 def linear_rows(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | TopK | None, vectors: Vectors, spec: RowSpec,
-    losses: Sequence[Tensor], autocast: torch.dtype | None, chunk_rows: int | None, wants: Sequence[bool], backend: str,
+    losses: Sequence[Tensor], autocast: torch.dtype | None, chunk_rows: int | None, wants: Sequence[bool], place: Place,
     inplace: bool = False,
 ) -> list[Tensor | None]:  # fmt: skip
     """Fill ``losses``, hard [N], soft [N], stats [N, 8]; gradients of those of the student's tensors that are wanted.
@@ -103,12 +103,16 @@ def linear_rows(
     if counted is not None:
         for whole in losses:
             whole.zero_()
-    z_source = _source(student, spec.vocab_size, autocast, wants, counted is None, counts, inplace)
-    u_source = None if teacher is None or isinstance(teacher, TopK) else _source(teacher, spec.vocab_size, autocast)
+    z_source = _source(student, spec.vocab_size, autocast, wants, counted is None, counts, inplace, place)
+    u_source = None
+    if teacher is not None and not isinstance(teacher, TopK):
+        u_source = _source(teacher, spec.vocab_size, autocast, place=place)
     count = len(losses[0] if counted is None else counted)
     row_bytes = z_source.row_bytes + (u_source.row_bytes if u_source else 0)
+    agreed = (count, *wants)
     step = chunk_rows or (default_chunk_rows(row_bytes, is_cpu) if row_bytes else max(1, count))
-    for start in range(0, count, step):
+    # Ranks of a sliced vocabulary exchange something at least, lest one without rows go on where others wait.
+    for start in range(0, max(count, bool(place.group)), step):
         at = slice(start, min(start + step, count))
         rows = at if counted is None else counted[at]
         z, dz = z_source.logits(rows)
@@ -120,9 +124,9 @@ def linear_rows(
         out = next(views, None)
         if isinstance(teacher, TopK):
             of_teacher = teacher._replace(ids=teacher.ids[rows], log_probs=teacher.log_probs[rows])
-            _sparse.kd_rows(part, of_teacher, spec, hard, soft, stats, out, backend)
+            _sparse.kd_rows(part, of_teacher, spec, hard, soft, stats, out, place, agreed)
         else:
-            _dispatch.choose(z, backend, u).kd_rows(part, spec, hard, soft, stats, out)
+            _slices.choose(z, place, u, agreed=agreed).kd_rows(part, spec, hard, soft, stats, out)
         for whole, some in zip(losses, of_chunk, strict=True):
             whole[rows] = some
         if dz is not None:
@@ -154,10 +158,12 @@ def _source(
     all_rows: bool = True,
     counts: Tensor | None = None,
     inplace: bool = False,
+    place: Place = WHOLE,
 ) -> Source:
     if isinstance(source, Tensor):
         return Whole(source, wants[0], all_rows, inplace)
-    return Linear(source, vocab_size, product_dtype(source.hidden, autocast), wants, counts)
+    tokens = _slices.tokens_of(place, vocab_size, len(source.weight))
+    return Linear(source, tokens, product_dtype(source.hidden, autocast), wants, counts, place)
 
 
 class Whole:
@@ -210,6 +216,7 @@ class Linear:
         product_dtype: torch.dtype,
         wants: Sequence[bool] = (False, False, False),  # gradients of hidden states, matrix and bias
         counts: Tensor | None = None,  # [N] which rows may be multiplied; all if None
+        place: Place = WHOLE,
     ) -> None:
         hidden, weight, bias, self._scale, self._softcap = source
         self._hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -226,13 +233,18 @@ class Linear:
         self._want_grad = any(wants)
         self._in_place = self._dtype == self._factors and self._softcap is None
         # Over the chunks a gradient is summed in float32, and rounded once.
-        self._of_hidden = torch.zeros_like(self._hidden) if wants[0] else None
+        # That of the hidden states, whole for each row of a chunk, has a part on each rank of a sliced vocabulary.
+        self._group = place.group
+        of_hidden = sums if place.group else hidden.dtype
+        self._of_hidden = torch.zeros_like(self._hidden, dtype=of_hidden) if wants[0] else None
         self._of_weight = weight.new_empty(weight.shape, dtype=sums) if wants[1] else None
         self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=sums)
         self._summed = False
         self._dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         apart = self._want_grad and not self._in_place
-        self.row_bytes = len(self._weight) * (self._dtype.itemsize + apart * self._factors.itemsize)
+        # The ranks of a sliced vocabulary must come to the same number of chunks.
+        columns = place.width or len(self._weight)
+        self.row_bytes = columns * (self._dtype.itemsize + apart * self._factors.itemsize)
 
     def logits(self, rows: Selection) -> tuple[Tensor, Tensor | None]:
         self._chunk = self._hidden[rows].to(self._weight.dtype).to(self._factors)
@@ -267,16 +279,18 @@ class Linear:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """The matrix as it is multiplied, and which columns of the logits are its rows': all at once, or widened."""
-        step = len(self._weight)
+        step = max(1, len(self._weight))
         if self._weight.dtype != self._factors:
             step = max(1, BLOCK_BYTES // (self._weight.shape[1] * self._factors.itemsize))
-        for start in range(0, len(self._weight), step):
+        for start in range(0, max(1, len(self._weight)), step):  # of a slice without tokens, an empty one
             columns = slice(start, start + step)
             yield columns, self._weight[columns].to(self._factors)
 
     def grads(self) -> list[Tensor | None]:
         if self._of_weight is not None:  # what no product has written
             self._of_weight[len(self._weight) if self._summed else 0 :].zero_()
+        if self._of_hidden is not None and self._group:  # once in all: in chunks it would be as many bytes
+            self._of_hidden = _slices.summed(self._of_hidden, self._group)
         each = (self._of_hidden, self._of_weight, self._of_bias)
         return [grad if grad is None else grad.to(dtype) for grad, dtype in zip(each, self._dtypes, strict=True)]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _dispatch, _labels, _linear, _sparse
-from fastkd._request import NUM_STATS, Rows, RowSpec
+from fastkd import _dispatch, _labels, _linear, _slices, _sparse
+from fastkd._request import NUM_STATS, Place, Rows, RowSpec
 from fastkd._views import flat, row_views
 from fastkd.sources import LinearLogits, TopK
 
@@ -27,6 +27,8 @@ _SPEC = (
     "float temperature, int formula, float c_t, float c_s, float w, float label_smoothing, SymInt vocab_size, "
     "Tensor? varying"
 )
+
+_PLACE = "str backend, str group, SymInt width"
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -69,22 +71,22 @@ def _gradient(student: Tensor, want_grad: bool = True) -> Tensor:
 
 
 def _fake_kd_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return (*_losses(student), _gradient(student, want_grad=args[-2]))
+    return (*_losses(student), _gradient(student, want_grad=args[-4]))
 
 
 @_define(
-    f"kd_rows(Tensor student, {_ROWS}, {_SPEC}, bool want_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"kd_rows(Tensor student, {_ROWS}, {_SPEC}, bool want_grad, {_PLACE}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_kd_rows,
 )
 def kd_rows(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(hard, soft, stats, gradient): the losses of each row, and the gradient if asked for."""
-    *rest, want_grad, backend = args
+    *rest, want_grad, backend, group, width = args
     grad = _gradient(student, want_grad)
-    return *_run_rows(student, grad if want_grad else None, *rest, backend), grad
+    return *_run_rows(student, grad if want_grad else None, *rest, backend, group, width), grad
 
 
 @_define(
-    f"kd_rows_(Tensor(a!) student, {_ROWS}, {_SPEC}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"kd_rows_(Tensor(a!) student, {_ROWS}, {_SPEC}, {_PLACE}) -> (Tensor, Tensor, Tensor)",
     lambda student, *args: _losses(student),
 )
 def kd_rows_(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +94,7 @@ def kd_rows_(student: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _run_rows(student, student, *args)
 
 
-@_define(f"kd_grad(Tensor student, {_ROWS}, Tensor stats, {_SPEC}, str backend) -> Tensor", lambda s, *_: _gradient(s))
+@_define(f"kd_grad(Tensor student, {_ROWS}, Tensor stats, {_SPEC}, {_PLACE}) -> Tensor", lambda s, *_: _gradient(s))
 def kd_grad(student: Tensor, *args: Any) -> Tensor:
     """The gradient alone, from the statistics that :func:`kd_rows` gave."""
     grad = _gradient(student)
@@ -100,7 +102,7 @@ def kd_grad(student: Tensor, *args: Any) -> Tensor:
     return grad
 
 
-@_define(f"kd_grad_(Tensor(a!) student, {_ROWS}, Tensor stats, {_SPEC}, str backend) -> ()", lambda *_: None)
+@_define(f"kd_grad_(Tensor(a!) student, {_ROWS}, Tensor stats, {_SPEC}, {_PLACE}) -> ()", lambda *_: None)
 def kd_grad_(student: Tensor, *args: Any) -> None:
     """The same, written over ``student``."""
     _run_grad(student, student, *args)
@@ -108,7 +110,7 @@ def kd_grad_(student: Tensor, *args: Any) -> None:
 
 
 def _fake_linear_rows(student: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *_, autocast, _, wants, _ = args
+    *_, autocast, _, wants, _, _, _ = args
     logits = student if weight is None else _linear.logits_like(LinearLogits(student, weight), autocast)
     grads = zip((student, weight, bias), wants, strict=True)
     return *_losses(logits), *(student.new_empty(0) if t is None else _gradient(t, want) for t, want in grads)
@@ -118,7 +120,7 @@ def _fake_linear_rows(student: Tensor, weight: Tensor | None, bias: Tensor | Non
     "linear_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, Tensor? teacher, "
     f"Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_ids, {_VECTORS}, {_SPEC}, float student_scale, "
     "float? student_softcap, float teacher_scale, float? teacher_softcap, str tail, ScalarType? autocast, "
-    "SymInt? chunk_rows, bool[3] wants, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"SymInt? chunk_rows, bool[3] wants, {_PLACE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_rows,
 )
 def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -128,7 +130,7 @@ def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     teacher's is log-probabilities, with their ids and a tail, those of a ``TopK``.
     """
     weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids, *vectors = args[:10]
-    *numbers, varying, scale, softcap, teacher_scale, teacher_softcap, tail, autocast = args[10:-3]
+    *numbers, varying, scale, softcap, teacher_scale, teacher_softcap, tail, autocast = args[10:-5]
     source: Tensor | LinearLogits = student
     if weight is not None:
         source = LinearLogits(student, weight, bias, scale, softcap)
@@ -136,23 +138,26 @@ def linear_rows(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
         teacher = LinearLogits(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     elif teacher_ids is not None:
         teacher = TopK(teacher_ids, teacher, tail=tail)
-    losses, grads = _run_linear(source, teacher, vectors, _row_spec(numbers, varying), autocast, *args[-3:])
+    (chunk_rows, wants), place = args[-5:-3], Place(*args[-3:])
+    spec = _row_spec(numbers, varying)
+    losses, grads = _run_linear(source, teacher, vectors, spec, autocast, chunk_rows, wants, place)
     given = zip(grads, (student, weight, bias), strict=True)
     return *losses, *(student.new_empty(0) if grad is None else grad.view(t.shape) for grad, t in given)
 
 
 @_define(
     f"sparse_rows_(Tensor(a!) student, Tensor? teacher, Tensor? teacher_ids, {_VECTORS}, {_SPEC}, str tail, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    f"{_PLACE}) -> (Tensor, Tensor, Tensor)",
     lambda student, *args: _losses(student),
 )
 def sparse_rows_(student: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(hard, soft, stats) of logits and a ``TopK``, or no teacher; the gradient is written over ``student``."""
     log_probs, ids, *vectors = args[:6]
-    *numbers, varying, tail, backend = args[6:]
+    *numbers, varying, tail = args[6:-3]
     teacher = None if ids is None else TopK(ids, log_probs, tail=tail)
     wants = (True, False, False)
-    losses, _ = _run_linear(student, teacher, vectors, _row_spec(numbers, varying), None, None, wants, backend, True)
+    spec, place = _row_spec(numbers, varying), Place(*args[-3:])
+    losses, _ = _run_linear(student, teacher, vectors, spec, None, None, wants, place, True)
     torch.autograd.graph.increment_version(student)  # a kernel's writes are not seen by autograd
     return losses
 
@@ -163,22 +168,31 @@ def _run_linear(
     vectors: Sequence[Tensor | None],
     spec: RowSpec,
     autocast: torch.dtype | None,
-    *how: Any,
+    chunk_rows: int | None,
+    wants: Sequence[bool],
+    place: Place,
+    inplace: bool = False,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]]:
     """(losses, gradients): see ``_linear.linear_rows``."""
     logits = _linear.logits_like(source, autocast)
     of_rows = _linear.Vectors(*(None if t is None else flat(t) for t in vectors))
-    _check_labels(logits, spec, *of_rows[:3])
     if isinstance(teacher, TopK):
         k = teacher.ids.shape[-1]
         teacher = teacher._replace(ids=teacher.ids.reshape(-1, k), log_probs=teacher.log_probs.reshape(-1, k))
-        assert of_rows.soft_scale is not None
-        if logits.device.type == "cpu" or _labels.ALWAYS:
+
+    def check() -> None:
+        _check_labels(logits, spec, *of_rows[:3])
+        if isinstance(teacher, TopK) and (logits.device.type == "cpu" or _labels.ALWAYS):
+            assert of_rows.soft_scale is not None
             _sparse.check(teacher, spec.vocab_size, of_rows.soft_scale)
+
+    _slices.raise_together(place, logits, check)
     losses = _losses(logits)
     flat_losses = [t.view(losses[0].numel(), *t.shape[logits.dim() - 1 :]) for t in losses]
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        grads = _linear.linear_rows(source, teacher, of_rows, spec, flat_losses, autocast, *how)
+        grads = _linear.linear_rows(
+            source, teacher, of_rows, spec, flat_losses, autocast, chunk_rows, wants, place, inplace
+        )
     return losses, grads
 
 
@@ -244,13 +258,17 @@ def _log_softmax_outputs(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _run_rows(student: Tensor, grad: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    teacher, labels, hard_scale, soft_scale, z_scale, *numbers, varying, backend = args
-    spec = _row_spec(numbers, varying)
-    _check_labels(student, spec, labels, hard_scale, soft_scale)
+    teacher, labels, hard_scale, soft_scale, z_scale, *numbers, varying = args[:-3]
+    spec, place = _row_spec(numbers, varying), Place(*args[-3:])
+
+    def check() -> None:
+        _check_labels(student, spec, labels, hard_scale, soft_scale)
+
+    _slices.raise_together(place, student, check)
     losses = _losses(student)
     hard, soft, stats = losses
     rows, grad = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
-    chosen = _dispatch.choose(student, backend, teacher)
+    chosen = _slices.choose(student, place, teacher)
     chosen.kd_rows(rows, spec, flat(hard), flat(soft), stats.view(-1, NUM_STATS), grad)
     return losses
 
@@ -264,11 +282,11 @@ def _check_labels(
 
 
 def _run_grad(student: Tensor, grad: Tensor, *args: Any) -> None:
-    teacher, labels, hard_scale, soft_scale, z_scale, stats, *numbers, varying, backend = args
-    spec = _row_spec(numbers, varying)
+    teacher, labels, hard_scale, soft_scale, z_scale, stats, *numbers, varying = args[:-3]
+    spec, place = _row_spec(numbers, varying), Place(*args[-3:])
     rows, grad_view = _views(student, teacher, labels, hard_scale, soft_scale, z_scale, grad)
     assert grad_view is not None
-    chosen = _dispatch.choose(student, backend, teacher)
+    chosen = _slices.choose(student, place, teacher)
     chosen.kd_grad(rows, spec, stats.view(-1, NUM_STATS), grad_view)
 
 

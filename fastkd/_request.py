@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -32,6 +33,10 @@ class HiddenKind(IntEnum):
     COSINE = 1
 
 
+# Below this a divergence of weight 1 is summed from terms that are small themselves: plain ones are off by some 1e-7.
+NEAR = 0.05
+
+
 class RowSpec(NamedTuple):
     """The numbers of the row operation; as plain arguments, part of the registered operators' schema."""
 
@@ -54,6 +59,25 @@ class RowSpec(NamedTuple):
             return (self,)
         forward = self._replace(formula=Formula.MIXTURE_KL, c_s=0.0)
         return forward, self._replace(formula=Formula.MIXTURE_KL, c_t=0.0, w=1.0)
+
+    @property
+    def near_below(self) -> float:
+        """Of the family, below this a row takes the near form. A mixture's largest value may itself be small."""
+        weight = self.c_t + self.c_s
+        if self.mix != Mix.BOTH:
+            return NEAR * weight
+        return min(NEAR * weight, (-self.c_t * math.log(self.w) - self.c_s * math.log1p(-self.w)) / 4)
+
+
+class Place(NamedTuple):
+    """Who runs a call, and where its vocabulary lies; as plain arguments, part of the operators' schema."""
+
+    backend: str  # '' for the automatic choice
+    group: str = ""  # the name of the process group over whose ranks it lies in slices; '': whole
+    width: int = 0  # columns of a slice: rank r has those from r·width on, the last ones fewer if they end there
+
+
+WHOLE = Place("")
 
 
 class Rows(NamedTuple):

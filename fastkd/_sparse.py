@@ -18,12 +18,13 @@ the rest is the teacher's u' alone:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastkd import _dispatch
-from fastkd._request import PEAK_TEACHER, Formula, Mix, Rows, RowSpec
+from fastkd import _dispatch, _slices
+from fastkd._request import PEAK_TEACHER, Formula, Mix, Place, Rows, RowSpec
 from fastkd.sources import TopK
 
 # The teacher's mass beyond the listed tokens where 1 − Σp in float32 has none left: a reverse KL needs some.
@@ -36,12 +37,12 @@ LARGEST_MASS = 1.0625
 
 def kd_rows(
     rows: Rows, teacher: TopK, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None,
-    backend: str,
+    place: Place, agreed: Sequence[int],
 ) -> None:  # fmt: skip
     """The row operation (see ``_dispatch.Backend.kd_rows``) with a teacher of [N, K], instead of ``rows.teacher``."""
     soft_scale = rows.soft_scale
     assert soft_scale is not None
-    chosen = _dispatch.choose(rows.student, backend, None, "rest_rows")
+    chosen = _slices.choose(rows.student, place, None, "rest_rows", agreed)
     listed, u = _teacher_outcomes(teacher, spec, soft.dtype)
     if teacher.tail in ("renormalize", "support"):  # who lists nothing says nothing
         soft_scale = torch.where((listed < 0).all(-1), 0.0, soft_scale)
@@ -52,7 +53,8 @@ def kd_rows(
     rest = torch.empty_like(soft)
     stats.zero_()  # a backend fills what it needs, and an operator may not give what memory held
     chosen.rest_rows(rows, spec, listed, hard, rest, stats)
-    z = _student_outcomes(rows.student, listed, rest, stats[:, PEAK_TEACHER], spec)
+    of_listed = _slices.listed_logits(rows.student, listed, place, rest.dtype)
+    z = _student_outcomes(of_listed, listed, rest, stats[:, PEAK_TEACHER], spec)
     outcome_grad = None if grad is None else torch.empty_like(z)
     if teacher.tail == "truncate":
         _truncated(z, u, soft_scale, spec, soft, outcome_grad)
@@ -60,7 +62,8 @@ def kd_rows(
         of_outcomes = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
         none, matrices = torch.empty_like(hard), Rows(z.unsqueeze(0), u.unsqueeze(0), None, None, soft_scale)
         out = None if outcome_grad is None else outcome_grad.unsqueeze(0)
-        chosen.kd_rows(matrices, of_outcomes, none, soft, torch.empty_like(stats), out)
+        of_matrices = _dispatch.choose(z, place.backend)
+        of_matrices.kd_rows(matrices, of_outcomes, none, soft, torch.empty_like(stats), out)
     if grad is not None:
         assert outcome_grad is not None
         chosen.rest_grad(rows, spec, listed, outcome_grad, stats, grad)
@@ -132,11 +135,10 @@ def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple
     return listed, torch.cat((a, u_rest), -1)
 
 
-def _student_outcomes(student: Tensor, listed: Tensor, rest: Tensor, peak: Tensor, spec: RowSpec) -> Tensor:
-    """z' [N, K + 1], less the largest logit over T: far from 0 it would have no digits left."""
+def _student_outcomes(z: Tensor, listed: Tensor, rest: Tensor, peak: Tensor, spec: RowSpec) -> Tensor:
+    """z' [N, K + 1] of the listed logits, less the largest logit over T: far from 0 it would have no digits left."""
     rest, peak = rest.unsqueeze(1), peak.unsqueeze(1)
-    columns = listed.long().clamp_(min=0).view(*student.shape[:2], -1)
-    z = student.gather(-1, columns).view(listed.shape).to(rest.dtype).masked_fill_(listed < 0, -math.inf)
+    z = z.masked_fill(listed < 0, -math.inf)
     largest = torch.maximum(z.amax(-1, keepdim=True), peak.masked_fill(rest == -math.inf, -math.inf))
     largest.masked_fill_(largest == -math.inf, 0.0)
     return torch.cat(((z - largest).div_(spec.temperature), (peak - largest) / spec.temperature + rest), -1)

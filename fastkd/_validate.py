@@ -33,10 +33,10 @@ _NOT_PER_ROW = {
 }
 
 
-def check_logits(name: str, logits: Tensor, columns: str = "V") -> None:
+def check_logits(name: str, logits: Tensor, columns: str = "V", least: int = 1) -> None:
     _check_tensor(name, logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., {columns}) with {columns} >= 1")
+    if logits.dim() < 1 or logits.shape[-1] < least:
+        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, must be (..., {columns}) with {columns} >= {least}")
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
@@ -61,19 +61,17 @@ def check_dense(name: str, value: Tensor) -> None:
         )
 
 
-def check_linear(name: str, source: LinearLogits, autocast: bool) -> None:
-    """Whose ``hidden`` is one."""
+def check_linear(name: str, source: LinearLogits, autocast: bool, least: int = 1) -> None:
+    """Whose ``hidden`` is one, and whose matrix has at least so many rows."""
     hidden, weight, bias, scale, softcap = source
     width = hidden.shape[-1]
     for of, given in ((f"{name}.weight", weight), (f"{name}.bias", weight if bias is None else bias)):
-        if isinstance(given, Tensor) and is_dtensor(given):
-            raise TypeError(f"{of}: got a DTensor, must be a tensor: full_tensor(), whose backward shards its gradient")
         _check_tensor(of, given)
         if given.dtype != hidden.dtype and not autocast:
             raise TypeError(f"{of}: got {given.dtype}, must be hidden's {hidden.dtype}; autocast brings both to one")
         if given.device != hidden.device:
             raise ValueError(f"{of}: got device {given.device}, must be hidden's {hidden.device}")
-    if weight.dim() != 2 or not weight.numel():
+    if weight.dim() != 2 or len(weight) < least or not weight.shape[1]:
         raise ValueError(
             f"{name}.weight: got shape {tuple(weight.shape)}, must be (V, {width}); a sharded matrix is to be gathered "
             "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters)"
@@ -132,6 +130,15 @@ def check_tail(name: str, tail: str, formula: Formula, w: float) -> None:
 def is_dtensor(value: Tensor) -> bool:
     """By its name, since importing the class imports most of torch.distributed."""
     return type(value) is not Tensor and type(value).__name__ == "DTensor"
+
+
+def has_dtensor(*values: object) -> bool:
+    """Whether one of these tensors, or of the sources' tensors, is one."""
+    for value in values:
+        each = value if isinstance(value, (LinearLogits, TopK)) else (value,)
+        if any(isinstance(tensor, Tensor) and is_dtensor(tensor) for tensor in each):
+            return True
+    return False
 
 
 def check_temperature(temperature: float) -> None:
@@ -206,7 +213,10 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
             raise ValueError(f"chunk_rows: got {chunk_rows}, must be >= 1, or None for as many as fit in a budget")
 
 
-def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_size: int | None) -> None:
+def check_vocabularies(
+    student_logits: Tensor, teacher_logits: Tensor, vocab_size: int | None, in_slices: int = 0
+) -> None:
+    """``in_slices``: columns of the whole vocabulary, if these logits are a slice of it."""
     if vocab_size is None and student_logits.shape == teacher_logits.shape:
         return
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
@@ -215,6 +225,13 @@ def check_vocabularies(student_logits: Tensor, teacher_logits: Tensor, vocab_siz
             f"{tuple(student_logits.shape)} in every dimension but the last; nothing broadcasts"
         )
     student, teacher = student_logits.shape[-1], teacher_logits.shape[-1]
+    if in_slices and student != teacher:
+        raise ValueError(
+            f"teacher_logits: got a slice of {teacher} columns, student_logits has one of {student}; they must be "
+            "slices of as many columns, lest they be of other tokens"
+        )
+    if in_slices:
+        student = teacher = in_slices
     if vocab_size is None:
         if student != teacher:
             raise ValueError(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypeAlias, Type
 import torch
 from torch import Tensor
 
-from fastkd import _autograd, _dispatch, _keywords, _linear, _validate
-from fastkd._request import RowSpec
+from fastkd import _autograd, _dispatch, _keywords, _linear, _slices, _validate
+from fastkd._request import WHOLE, Place, RowSpec
 from fastkd.divergences import Divergence, resolve
 from fastkd.sources import LinearLogits, TopK
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 # What a distribution is given by.
@@ -53,6 +54,7 @@ class Settings(TypedDict, total=False):
     inplace_backward: bool
     chunk_rows: int | None
     backend: str | None
+    vocab_group: ProcessGroup | None
 
 
 class _Keywords(Settings, total=False):
@@ -115,6 +117,7 @@ def kd_loss(
     return_parts: bool = False,
     chunk_rows: int | None = None,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
     **unknown: NoReturn,  # TorchScript stops here and shows this line: use torch.compile
 ) -> Tensor | KDLossParts:
     """Knowledge-distillation loss over logits, its gradient computed in the same pass wherever it can be.
@@ -163,11 +166,17 @@ def kd_loss(
             512 MB, on a CPU in 64 MB.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses by device (``python -m fastkd info``
             says why).
+        vocab_group: of a vocabulary that lies in slices over the ranks of this process group, whose logits or matrices
+            are this rank's columns: as many on each, in the order of the ranks, with ``vocab_size`` saying how many of
+            the whole are tokens. Labels, masks and weights are the same on every rank, and ids those of the whole. So
+            is the loss; a gradient is this rank's part of the whole one, and that of hidden states whole. Not given
+            with ``DTensor``s, whose placements say it; then loss and gradients are ``DTensor``s too, and the mean is
+            over the global tensor.
 
     Raises:
         ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
-        RuntimeError: the backend asked for by name cannot run here; a second derivative was asked for; or a transform
-            of ``torch.func`` is at work.
+        RuntimeError: the backend asked for by name cannot run here; a second derivative was asked for; a transform of
+            ``torch.func`` is at work; or the ranks of a ``vocab_group`` differ in their arguments.
 
     Example:
         >>> import torch, fastkd
@@ -180,61 +189,82 @@ def kd_loss(
     """
     if unknown:
         _keywords.check_keywords("kd_loss", kd_loss, unknown)
-    member = resolve(divergence)
-    student, teacher = student_logits, teacher_logits
-    student_logits = _checked("student_logits", student)
-    _validate.check_temperature(temperature)
-    if isinstance(teacher, TopK):
-        _validate.check_top_k("teacher_logits", teacher, student_logits, temperature)
-        _validate.check_tail("teacher_logits", teacher.tail, member.formula, member.w)
-        teacher_logits = student_logits  # has no number of columns
-    else:
-        teacher_logits = _checked("teacher_logits", teacher)
-        _validate.check_device("teacher_logits", teacher_logits, student_logits)
-    _validate.check_vocabularies(student_logits, teacher_logits, vocab_size)
-    _validate.check_bool("scale_soft_by_t2", scale_soft_by_t2)
-    _validate.check_label_smoothing(label_smoothing)
-    _validate.check_int("ignore_index", ignore_index)
-    _validate.check_per_row("labels", labels, student_logits, (torch.int64,))
-    _validate.check_per_row("mask", mask, student_logits, (torch.bool,))
-    _validate.check_per_row("soft_mask", soft_mask, student_logits, (torch.bool,))
-    _validate.check_per_row("token_weights", token_weights, student_logits, _validate.FLOAT_DTYPES)
-    _validate.check_no_gradient("token_weights", token_weights)
-    _validate.check_terms(hard_weight, soft_weight, labels, mask, soft_mask)
+    student, teacher, vectors = student_logits, teacher_logits, (labels, mask, soft_mask, token_weights)
+    place, in_slices, spread = WHOLE, 0, None
+    row_groups: tuple[str, ...] = ()
+    if _validate.has_dtensor(student, teacher, *vectors):
+        from fastkd import _dtensor
+
+        spread = _dtensor.spread_of(student, vocab_group)
+        student, teacher = spread.student(student), spread.teacher(teacher)
+        labels, mask, soft_mask, token_weights = spread.vectors(vectors)
+        place, in_slices, row_groups = spread.place, spread.in_slices, spread.row_groups
+    elif vocab_group is not None:
+        place, in_slices = _slices.place_in(vocab_group, student)
+    place = place._replace(backend=_dispatch.requested(backend))
+
+    def check() -> tuple[Divergence, Tensor]:
+        member = resolve(divergence)
+        like = _checked("student_logits", student, place)
+        _validate.check_temperature(temperature)
+        if isinstance(teacher, TopK):
+            _validate.check_top_k("teacher_logits", teacher, like, temperature)
+            _validate.check_tail("teacher_logits", teacher.tail, member.formula, member.w)
+            teacher_like = like  # has no number of columns
+        else:
+            teacher_like = _checked("teacher_logits", teacher, place)
+            _validate.check_device("teacher_logits", teacher_like, like)
+        _validate.check_vocabularies(like, teacher_like, vocab_size, in_slices)
+        _validate.check_bool("scale_soft_by_t2", scale_soft_by_t2)
+        _validate.check_label_smoothing(label_smoothing)
+        _validate.check_int("ignore_index", ignore_index)
+        _validate.check_per_row("labels", labels, like, (torch.int64,))
+        _validate.check_per_row("mask", mask, like, (torch.bool,))
+        _validate.check_per_row("soft_mask", soft_mask, like, (torch.bool,))
+        _validate.check_per_row("token_weights", token_weights, like, _validate.FLOAT_DTYPES)
+        _validate.check_no_gradient("token_weights", token_weights)
+        _validate.check_terms(hard_weight, soft_weight, labels, mask, soft_mask)
+        _validate.check_reduction(reduction)
+        if num_items is not None:
+            pair = soft_mask is not None and labels is not None
+            _validate.check_num_items(num_items, reduction, like, pair)
+        _validate.check_bool("inplace_backward", inplace_backward)
+        _validate.check_bool("return_parts", return_parts)
+        _validate.check_number("z_loss_weight", z_loss_weight)
+        _validate.check_chunk_rows(chunk_rows)
+        if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
+            if inplace_backward:
+                raise ValueError(
+                    "inplace_backward: got True with LinearLogits, whose logits are not there; must be False"
+                )
+        elif chunk_rows is not None:
+            raise ValueError(f"chunk_rows: got {chunk_rows} with tensors of logits, which are all there; must be None")
+        elif inplace_backward:
+            _validate.check_inplace(student, teacher.log_probs if isinstance(teacher, TopK) else teacher)
+        return member, like
+
+    member, like = _slices.raise_together(place, student, check)
     if labels is None and soft_mask is not None:  # the soft term is all there is
         mask, soft_mask = soft_mask, None
-    _validate.check_reduction(reduction)
-    if num_items is not None:
-        _validate.check_num_items(num_items, reduction, student_logits, pair=soft_mask is not None)
-    _validate.check_bool("inplace_backward", inplace_backward)
-    _validate.check_bool("return_parts", return_parts)
-    _validate.check_number("z_loss_weight", z_loss_weight)
-    _validate.check_chunk_rows(chunk_rows)
     rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
     if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
-        if inplace_backward:
-            raise ValueError("inplace_backward: got True with LinearLogits, whose logits are not there; must be False")
         rows = partial(_autograd.linear_rows, chunk_rows=chunk_rows)
+    elif isinstance(teacher, TopK):
+        rows = partial(_autograd.linear_rows, chunk_rows=None, inplace=inplace_backward)
     else:
-        if chunk_rows is not None:
-            raise ValueError(f"chunk_rows: got {chunk_rows} with tensors of logits, which are all there; must be None")
-        if inplace_backward:
-            _validate.check_inplace(student, teacher.log_probs if isinstance(teacher, TopK) else teacher)
-        if isinstance(teacher, TopK):
-            rows = partial(_autograd.linear_rows, chunk_rows=None, inplace=inplace_backward)
-        else:
-            teacher = teacher.detach() if teacher.requires_grad else teacher
-            rows = partial(_autograd.kd_rows, inplace=inplace_backward)
+        teacher = teacher.detach() if teacher.requires_grad else teacher
+        rows = partial(_autograd.kd_rows, inplace=inplace_backward)
 
     hard_items, soft_items = num_items if isinstance(num_items, tuple) else (num_items, None)
-    hard_rows = soft_rows = _row_scale(student_logits, labels, ignore_index, mask, token_weights, reduction, hard_items)
+    hard_rows = soft_rows = _row_scale(
+        like, labels, ignore_index, mask, token_weights, reduction, hard_items, row_groups
+    )
     if soft_mask is not None and labels is not None:
-        soft_rows = _row_scale(student_logits, None, ignore_index, soft_mask, token_weights, reduction, soft_items)
+        soft_rows = _row_scale(like, None, ignore_index, soft_mask, token_weights, reduction, soft_items, row_groups)
         labels = torch.where(hard_rows != 0, labels, 0)  # a row that the soft term alone counts needs one too
-    name = _dispatch.requested(backend)
     spec = RowSpec(
         float(temperature), int(member.formula), member.c_t, member.c_s, member.w, float(label_smoothing),
-        student_logits.shape[-1] if vocab_size is None else int(vocab_size),
+        (in_slices or like.shape[-1]) if vocab_size is None else int(vocab_size),
     )  # fmt: skip
     has_hard = hard_weight is not None and hard_weight != 0
     has_z = z_loss_weight != 0
@@ -242,7 +272,7 @@ def kd_loss(
     hard_alone = soft_alone = None
     if return_parts:  # a part that is not in the loss by itself, lest a NaN of it reach the gradient
         with torch.no_grad():
-            alone = partial(rows, student, z_scale=None, spec=spec, per_row=True, backend=name)
+            alone = partial(rows, student, z_scale=None, spec=spec, per_row=True, place=place)
             if not has_hard and labels is not None:
                 hard_alone = alone(None, labels, hard_rows, None)[1]
             if soft_weight == 0:
@@ -257,16 +287,18 @@ def kd_loss(
         hard_rows * z_loss_weight if has_z else None,
         spec,
         per_row=reduction == "none",
-        backend=name,
+        place=place,
         own_rows=soft_mask is not None,
     )
+    if spread:
+        loss = spread.loss(loss, per_row=reduction == "none")
     if not return_parts:
         return loss
-    return KDLossParts(
-        loss,
-        _mean(hard if hard_alone is None else hard_alone, hard_rows),
-        _mean(soft if soft_alone is None else soft_alone, soft_rows),
-    )
+    hard = _mean(hard if hard_alone is None else hard_alone, hard_rows, row_groups)
+    soft = _mean(soft if soft_alone is None else soft_alone, soft_rows, row_groups)
+    if spread:
+        hard, soft = spread.replicated(hard), spread.replicated(soft)
+    return KDLossParts(loss, hard, soft)
 
 
 def log_softmax(
@@ -302,14 +334,15 @@ def log_softmax(
     return _autograd.log_softmax(logits, float(temperature), written, _dispatch.requested(backend)).to(dtype)
 
 
-def _checked(name: str, source: Logits) -> Tensor:
-    """The logits, or what has their shape and dtype, and no memory."""
+def _checked(name: str, source: Logits, place: Place = WHOLE) -> Tensor:
+    """The logits, or what has their shape and dtype, and no memory. A slice of a vocabulary may have no columns."""
+    least = 0 if place.group else 1
     if not isinstance(source, LinearLogits):
-        _validate.check_logits(name, source)
+        _validate.check_logits(name, source, least=least)
         return source
     _validate.check_logits(f"{name}.hidden", source.hidden, "H")
     autocast = _linear.autocast_dtype(source.hidden)
-    _validate.check_linear(name, source, autocast is not None)
+    _validate.check_linear(name, source, autocast is not None, least)
     return _linear.logits_like(source, autocast)
 
 
@@ -321,6 +354,7 @@ def _row_scale(
     token_weights: Tensor | None,
     reduction: str,
     num_items: Items | None,
+    row_groups: tuple[str, ...] = (),
 ) -> Tensor:
     """What a row's loss is multiplied by, weights of the terms apart; 0 for a row that does not count. ``(...)``."""
     counts = None if labels is None else labels != ignore_index
@@ -336,6 +370,9 @@ def _row_scale(
     if reduction != "mean":
         return scale
     if num_items is None:
+        if row_groups:
+            count = torch.ones_like(scale).count_nonzero() if counts is None else counts.count_nonzero()
+            return scale / _slices.summed_over(count, row_groups).clamp_min(1)
         return scale / (max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1))
     # Of 0 items the mean is 0.
     if not isinstance(num_items, Tensor):
@@ -345,6 +382,8 @@ def _row_scale(
     return scale * torch.where(num_items != 0, 1.0 / num_items.to(dtype), 0.0)
 
 
-def _mean(losses: Tensor, scale: Tensor) -> Tensor:
+def _mean(losses: Tensor, scale: Tensor, row_groups: tuple[str, ...]) -> Tensor:
     """Of the rows that count, of these the ones whose token weight is not 0."""
-    return losses.detach().sum() / scale.count_nonzero().clamp_min(1)
+    total, count = losses.detach().sum(), scale.count_nonzero()
+    total, count = (_slices.summed_over(number, row_groups) for number in (total, count))
+    return total / count.clamp_min(1)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.serialization import add_safe_globals
 from typing_extensions import TypeVar
 
-from fastkd import _dispatch, _keywords, _validate
+from fastkd import _dispatch, _keywords, _slices, _validate
 from fastkd._request import Formula
 from fastkd.divergences import Divergence, resolve
 from fastkd.functional import KDLossParts, Logits, NumItems, Settings, Teacher, kd_loss
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 Result = TypeVar("Result", bound="Tensor | KDLossParts", default=Tensor)
@@ -64,6 +65,7 @@ class KDLoss(nn.Module, Generic[Result]):
         return_parts: bool = False,
         chunk_rows: int | None = None,
         backend: str | None = None,
+        vocab_group: ProcessGroup | None = None,
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
@@ -83,6 +85,7 @@ class KDLoss(nn.Module, Generic[Result]):
         self.return_parts = return_parts
         self.chunk_rows = chunk_rows
         self.backend = backend
+        self.vocab_group = vocab_group
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
@@ -150,6 +153,7 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
     "return_parts": partial(_validate.check_bool, "return_parts"),
     "chunk_rows": _validate.check_chunk_rows,
     "backend": _dispatch.requested,
+    "vocab_group": _slices.check_group,
 }
 _HINTS = _keywords.ELSEWHERE | dict.fromkeys(
     ("mask", "soft_mask", "token_weights", "num_items"), "it comes at each call"

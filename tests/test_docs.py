@@ -26,7 +26,8 @@ def on_a_cpu() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", [
-    "functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels", "cache.writer", "cache.dataset",
+    "functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels", "distributed",
+    "cache.writer", "cache.dataset",
 ])  # fmt: skip
 def test_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fastkd.{name}"))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -35,3 +39,22 @@ def test_distill_from_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "with step 3 of 12" in output
     for name, parameter in at_once.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], parameter), name
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tensor_parallel(ranks: int) -> None:
+    """On several ranks it prints the losses of one process, whose teacher it follows."""
+
+    def losses(*command: str) -> list[float]:
+        path = str(EXAMPLES / "tensor_parallel.py")
+        options = {"OMP_NUM_THREADS": "1", "FASTKD_BACKEND": "torch", "PYTHONPATH": str(EXAMPLES.parent)}
+        done = subprocess.run(
+            [sys.executable, *command, path, "--steps", "4"], env=os.environ | options, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return [float(number) for number in re.findall(r"^step \d: loss (\S+)$", done.stdout, re.MULTILINE)]
+
+    alone = losses()
+    assert len(alone) == 4
+    together = losses("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone")
+    assert together == pytest.approx(alone, rel=1e-5)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import _dispatch, _labels
-from fastkd._request import NUM_STATS, Rows, RowSpec
+from fastkd._request import NUM_STATS, Place, Rows, RowSpec
 from fastkd.divergences import resolve
 from tests.assertions import check_call, check_gradient, expect, run
 from tests.cases import DIVERGENCES, STRUCTURES, inputs, keywords
@@ -149,8 +149,8 @@ def test_offsets_past_2_31(backend: str, device: str) -> None:
     scales = torch.rand(2, 3, device=device)
     spec = (2.0, 0, 0.5, 0.5, 0.5, 0.0, 131, None)
     rest = (values.labels, *scales, None, *spec)
-    expected = torch.ops.fastkd.kd_rows(values.student, values.teacher, *rest, True, backend)[3]
-    torch.ops.fastkd.kd_rows_(student, teacher, *rest, backend)
+    expected = torch.ops.fastkd.kd_rows(values.student, values.teacher, *rest, True, *Place(backend))[3]
+    torch.ops.fastkd.kd_rows_(student, teacher, *rest, *Place(backend))
     torch.testing.assert_close(student, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
@@ -213,8 +213,8 @@ def test_the_triton_backend_does_not_synchronise(device: str, name: str) -> None
     operators = torch.ops.fastkd
     with NoSync(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_labels, "check_rows", lambda *_: None)
-        *_, stats, grad = operators.kd_rows(student, *rows, *spec, True, "triton")
-        operators.kd_grad(student, *rows, stats, *spec, "triton")
+        *_, stats, grad = operators.kd_rows(student, *rows, *spec, True, *Place("triton"))
+        operators.kd_grad(student, *rows, stats, *spec, *Place("triton"))
         operators.scale_(grad, scales[0, 0], "triton")
         out, lse = operators.log_softmax(student, 2.0, None, torch.float32, "triton")
         operators.log_softmax_backward(out, student, lse, 2.0, None, "triton")

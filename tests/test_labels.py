@@ -11,6 +11,7 @@ import torch
 
 import fastkd
 from fastkd import _labels
+from fastkd._request import Place
 from tests.cases import inputs
 
 
@@ -77,10 +78,10 @@ def test_a_row_without_a_token_is_nan_where_nobody_looks(
     labels %= 100
     scales, spec = torch.rand(2, 3, device=device), (2.0, 0, 1.0, 0.0, 0.0, 0.1, 100, None)
     operator = torch.ops.fastkd.kd_rows
-    right = operator(student, teacher, labels, *scales, None, *spec, True, "triton")
+    right = operator(student, teacher, labels, *scales, None, *spec, True, *Place("triton"))
     labels[1] = label
     monkeypatch.setattr(_labels, "check_rows", lambda *_: None)
-    hard, soft, _, grad = operator(student, teacher, labels, *scales, None, *spec, True, "triton")
+    hard, soft, _, grad = operator(student, teacher, labels, *scales, None, *spec, True, *Place("triton"))
     others = [0, 2]
     assert hard[1].isnan() and grad[1, :100].isnan().all() and not grad[1, 100:].any()
     assert torch.equal(hard[others], right[0][others]) and torch.equal(grad[others], right[3][others])

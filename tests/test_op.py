@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
 from fastkd import _dispatch
-from fastkd._request import NUM_STATS
+from fastkd._request import NUM_STATS, Place
 from tests.cases import inputs
 
 BOTH = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
@@ -107,7 +107,8 @@ def test_opcheck(backend: str, device: str, call: str) -> None:
     if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, operation):
         pytest.skip(why)
     operator = getattr(torch.ops.fastkd, name).default
-    torch.library.opcheck(operator, (*arguments(device), backend))
+    takes_place = operator._schema.arguments[-1].name == "width"
+    torch.library.opcheck(operator, (*arguments(device), *(Place(backend) if takes_place else (backend,))))
 
 
 def test_every_operator_is_checked() -> None:
@@ -241,7 +242,7 @@ def test_numbers_in_a_tensor(device: str) -> None:
     for name, extra in (("kd_rows", (True,)), ("kd_grad", ())):
         operator = getattr(torch.ops.fastkd, name)
         before = (stats(device),) if name == "kd_grad" else ()
-        left, right = (operator(*given, *before, *spec, *extra, "torch") for spec in (JSD, VARYING))
+        left, right = (operator(*given, *before, *spec, *extra, *Place("torch")) for spec in (JSD, VARYING))
         for one, other in zip(left, right, strict=True):
             assert torch.equal(one, other)
 

@@ -83,6 +83,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"vocab_size": 4.0}, TypeError, "vocab_size: got float, must be an int"),
     ({"vocab_size": True}, TypeError, "vocab_size: got bool, must be an int"),
     ({"backend": "cudnn"}, ValueError, "backend: got 'cudnn', must be one of 'cpu', 'cuda', 'torch', 'triton'"),
+    ({"vocab_group": "tp"}, TypeError, "vocab_group: got str, must be a process group"),
     ({"teacher_logits": Z.to("meta")}, ValueError, "teacher_logits: got device meta, must be student_logits' cpu"),
     ({"labels": LABELS.to("meta")}, ValueError, "labels: got device meta, must be student_logits' cpu"),
     ({"mask": MASK.to("meta")}, ValueError, "mask: got device meta, must be student_logits' cpu"),
@@ -195,16 +196,17 @@ def test_the_way_to_a_temperature_a_row(divergence: str) -> None:
 
 
 def test_dtensor() -> None:
-    """Refused, and its way out is a call of its own."""
+    """Where it is copied to all ranks, as a tensor; refused with a student's that is none, and by other functions."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
 
         logits = distribute_tensor(Z, init_device_mesh("cpu", (1,)), [Replicate()])
-        for name in ("student_logits", "teacher_logits"):
-            with pytest.raises(TypeError, match=rf"^{name}: got a DTensor, must be a tensor: full_tensor\(\), or"):
-                call(**{name: logits})
-        assert torch.equal(call(student_logits=logits.full_tensor()), call())
+        with pytest.raises(TypeError, match=r"^student_logits: got Tensor with DTensors"):
+            call(teacher_logits=logits)
+        with pytest.raises(TypeError, match=r"^logits: got a DTensor, must be a tensor: full_tensor\(\), or"):
+            fastkd.log_softmax(logits)
+        assert torch.equal(call(student_logits=logits).full_tensor(), call())
     finally:
         torch.distributed.destroy_process_group()
 

@@ -10,19 +10,33 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastkd._request import LOG_HARD, PEAK_STUDENT, PEAK_TEACHER, Formula, HiddenKind, Mix, Rows, RowSpec
+from fastkd._request import (
+    ELSEWHERE,
+    GRAD_FORM,
+    GRAD_SUM,
+    LABEL_REST,
+    LOG_HARD,
+    LOG_RATIO,
+    LOG_STUDENT,
+    NEAR,
+    PEAK_STUDENT,
+    PEAK_TEACHER,
+    Formula,
+    HiddenKind,
+    Mix,
+    Rows,
+    RowSpec,
+)
 
 # Elements of a chunk: temporaries of 1 MB on a CPU; elsewhere enough to fill the device.
 CHUNK_CPU, CHUNK_OTHER = 2**18, 2**25
 LOG2_E = math.log2(math.e)
-# Below this a divergence is summed again from terms that are small themselves: plain ones are off by some 1e-7.
-NEAR = 0.05
-# (which rows, their tensors, z [R, n], its peak [R, 1], exp((z − peak)/T)) to (soft [R], its gradient [R, n] if wanted)
+# (which rows, their tensors, z [R, n], exp((z − peak)/T), their statistics) to (soft [R], its gradient [R, n] or None)
 SoftTerm: TypeAlias = Callable[[slice, Rows, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 # glibc gives freed blocks back to the system above twice the size of the largest mapped block freed so far, by default
@@ -39,71 +53,109 @@ def unsupported(logits: Tensor, teacher: Tensor | None) -> str | None:
 
 
 def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None) -> None:
-    """``stats`` hold what a z-loss needs, and else 0: the gradient of this backend starts again from the logits."""
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _soft_term(spec, chunk, z, exps, of_chunk, grad is not None)
 
-    def soft_term(at: slice, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor) -> tuple[Tensor, Tensor | None]:
-        return _soft_term(spec, chunk, z, peak, exps, grad is not None)
+    stats.zero_()
+    _walk(rows, spec, stats, grad, soft_term, (hard, soft))
 
-    _walk(rows, spec, hard, soft, stats, grad, soft_term)
+
+def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor]:
+        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
+        is_near = of_chunk[:, GRAD_FORM, None] != 0
+        if spec.formula == Formula.TOTAL_VARIATION:
+            g = _sides(columns)[0].sub_(torch.where(is_near, columns.p_s, 0.0))
+        elif is_near.is_cpu and not bool(is_near.any()):
+            g = _far(spec, columns)[1]
+        elif is_near.is_cpu and bool(is_near.all()):
+            g = _near(spec, columns)[1]
+        else:
+            g = torch.where(is_near, _near(spec, columns)[1], _far(spec, columns)[1])
+        return z[:, 0], _soft_gradient(spec, chunk, columns, g, of_chunk)
+
+    _walk(rows, spec, stats, grad, soft_term)
+
+
+def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
+    assert rows.soft_scale is not None
+    for at, chunk, _ in _chunks(rows, spec.vocab_size, None, sums.dtype):
+        z, of_chunk = chunk.student, stats[at]
+        exps = _exps(z, of_chunk[:, PEAK_STUDENT, None], spec.temperature)
+        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
+        if spec.formula == Formula.TOTAL_VARIATION:
+            difference = _difference(columns)
+            above, below = _sides(columns)
+            parts = 0.5 * difference.abs(), above, difference, below
+        else:
+            parts = _far(spec, columns) * 2
+            # Terms are >= 0: where those of the slice are not small, neither is the value.
+            if not z.is_cpu or bool((parts[0].sum(-1) < NEAR * (spec.c_t + spec.c_s)).any()):
+                parts = *parts[:2], *_near(spec, columns)
+        torch.stack([part.sum(-1) for part in parts], -1, out=sums[at])
+    sums.masked_fill_((rows.soft_scale == 0).unsqueeze(1), 0.0)
 
 
 def _walk(
-    rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None, soft_term: SoftTerm
+    rows: Rows,
+    spec: RowSpec,
+    stats: Tensor,
+    grad: Tensor | None,
+    soft_term: SoftTerm,
+    losses: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Chunk by chunk: the soft term, and what every row operation adds to it."""
-    stats.zero_()
+    """Chunk by chunk: the soft term, and what every row operation adds to it. Without losses ``stats`` are known."""
     dead = _dead_rows(rows)
-    for at, chunk, out in _chunks(rows, spec.vocab_size, grad):
-        z = chunk.student.to(hard.dtype)
-        peak = z.amax(-1, keepdim=True)
+    for at, chunk, out in _chunks(rows, spec.vocab_size, grad, stats.dtype):
+        z, of_chunk = chunk.student, stats[at]
+        if losses:
+            of_chunk[:, PEAK_STUDENT] = _finite(z.amax(-1))
+        peak = of_chunk[:, PEAK_STUDENT, None]
         temperature = 1.0 if chunk.soft_scale is None else spec.temperature
         exps = _exps(z, peak, temperature)
         dz = None
         if chunk.soft_scale is not None:
-            soft[at], dz = soft_term(at, chunk, z, peak, exps)
+            soft, dz = soft_term(at, chunk, z, exps, of_chunk)
+            if losses:
+                losses[1][at] = soft
         if chunk.hard_scale is not None or chunk.z_scale is not None:
             exps = _untempered(exps, z, peak, temperature)
-        if chunk.z_scale is not None:
-            log_sum, dz = _z_loss(chunk.z_scale, peak, exps, dz, out is not None)
-            stats[at, PEAK_STUDENT], stats[at, LOG_HARD] = peak.squeeze(1), log_sum
-        if chunk.hard_scale is not None:
-            hard[at], dz = _hard_term(spec, chunk, z, peak, exps, dz)
+            if losses:
+                losses[0][at] = _hard_term(spec, chunk, z, exps, of_chunk)
+            if out is not None:
+                dz = _hard_gradient(spec, chunk, exps, of_chunk, dz)
         if out is not None and dz is not None:
             # A row that does not count may hold NaN, which a factor of 0 would not remove.
             out[:, : spec.vocab_size] = dz if dead is None else torch.where(dead[at].unsqueeze(1), 0.0, dz)
             out[:, spec.vocab_size :] = 0.0
-    for losses, scale in ((hard, rows.hard_scale), (soft, rows.soft_scale)):
+    for loss, scale in zip(losses or (), (rows.hard_scale, rows.soft_scale), strict=False):
         if scale is None:
-            losses.zero_()
+            loss.zero_()
         elif dead is not None:
-            losses.masked_fill_(dead, 0.0)
-
-
-def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
-    hard, soft = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
-    kd_rows(rows, spec, hard, soft, torch.empty_like(stats), grad)
+            loss.masked_fill_(dead, 0.0)
 
 
 def rest_rows(rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
-    def soft_term(at: slice, chunk: Rows, z: Tensor, *exps: Tensor) -> tuple[Tensor, None]:
-        _, c, total = _unlisted(z, listed[at], spec.temperature)
-        stats[at, PEAK_TEACHER] = c.squeeze(1)
-        return total.log().squeeze(1), None
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, None]:
+        u = z.masked_fill(_is_listed(z, listed[at]), -math.inf)
+        of_chunk[:, PEAK_TEACHER] = _finite(u.amax(-1))
+        of_chunk[:, LOG_RATIO] = _exps(u, of_chunk[:, PEAK_TEACHER, None], spec.temperature).sum(-1).log_()
+        return of_chunk[:, LOG_RATIO], None
 
-    _walk(rows, spec, hard, rest, stats, None, soft_term)
+    _walk(rows, spec, stats, None, soft_term, (hard, rest))
 
 
 def rest_grad(rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor) -> None:
-    def soft_term(at: slice, chunk: Rows, z: Tensor, *exps: Tensor) -> tuple[Tensor, Tensor]:
-        dz, _, total = _unlisted(z, listed[at], spec.temperature)
+    def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor]:
+        rest, some = of_chunk[:, LOG_RATIO, None], listed[at]
         of_outcome = outcome_grad[at] / spec.temperature
-        dz.mul_((of_outcome[:, -1:] / total).masked_fill_(total == 0, 0.0))
-        some = listed[at]
+        u = z.masked_fill(_is_listed(z, some), -math.inf)
+        dz = _exps(u, of_chunk[:, PEAK_TEACHER, None], spec.temperature)
+        dz.mul_((of_outcome[:, -1:] * torch.exp(-rest)).masked_fill_(rest == -math.inf, 0.0))
         dz.scatter_add_(1, some.long().clamp(min=0), of_outcome[:, :-1].masked_fill(some < 0, 0.0))
-        return total.squeeze(1), dz
+        return z[:, 0], dz
 
-    hard, rest = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
-    _walk(rows, spec, hard, rest, torch.empty_like(stats), grad, soft_term)
+    _walk(rows, spec, stats, grad, soft_term)
 
 
 def scale_(grad: Tensor, scalar: Tensor) -> None:
@@ -181,73 +233,127 @@ _HIDDEN: dict[HiddenKind, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tenso
 }
 
 
-def _unlisted(z: Tensor, listed: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """exp((z − peak)/T) [R, n] of the columns that are not listed, 0 at those that are; their peak and sum [R, 1]."""
+def _is_listed(z: Tensor, listed: Tensor) -> Tensor:
+    """[R, n]."""
     columns = z.shape[1]
-    is_listed = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)
+    marks = torch.zeros(len(z), columns + 1, dtype=torch.bool, device=z.device)
     index = listed.long()
-    is_listed.scatter_(1, torch.where(index < 0, columns, index), True)
-    u = z.masked_fill(is_listed[:, :-1], -math.inf)
-    peak = u.amax(-1, keepdim=True)
-    peak = peak.masked_fill_(peak == -math.inf, 0.0)
-    exps = _exps(u, peak, temperature)
-    return exps, peak, exps.sum(-1, keepdim=True)
+    return marks.scatter_(1, torch.where(index < 0, columns, index), True)[:, :-1]
 
 
-def _soft_term(
-    spec: RowSpec, chunk: Rows, z: Tensor, z_peak: Tensor, z_exps: Tensor, want_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(soft [R], its gradient times soft_scale [R, n])."""
-    assert chunk.teacher is not None and chunk.soft_scale is not None
-    u = chunk.teacher.to(z.dtype)
-    u_peak = u.amax(-1, keepdim=True)
-    p_t = _exps(u, u_peak, spec.temperature)
-    z_sum, u_sum = z_exps.sum(-1, keepdim=True), p_t.sum(-1, keepdim=True)
-    p_t /= u_sum
-    p_s = z_exps / z_sum
-    inv_t = 1.0 / spec.temperature
-    # d = log p_t − log p_s = (u − z)/T − shift: from the difference of the logits, which is exact where they are close,
-    # and keeps its digits where they are not if their offset goes first.
+class _Columns(NamedTuple):
+    """What the terms of a divergence are made of, [R, n]."""
+
+    d: Tensor  # log p_t − log p_s
+    p_t: Tensor
+    p_s: Tensor
+
+
+def _columns(spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, u_exps: Tensor, stats: Tensor) -> _Columns:
+    """From the row's normalisers alone, whoever summed them; ``u_exps`` is consumed."""
+    log_student, log_ratio = stats[:, LOG_STUDENT, None], stats[:, LOG_RATIO, None]
+    p_t, p_s = u_exps.mul_(torch.exp(-(log_student + log_ratio))), z_exps * torch.exp(-log_student)
+    return _Columns(_log_ratio(spec, chunk, z, stats), p_t, p_s)
+
+
+def _log_ratio(spec: RowSpec, chunk: Rows, z: Tensor, stats: Tensor) -> Tensor:
+    """d = (u − z)/T − shift: from the difference of the logits, which is exact where they are close.
+
+    Where they are not it keeps its digits if their offset goes first.
+    """
+    assert chunk.teacher is not None
+    u, z_peak, u_peak = chunk.teacher, stats[:, PEAK_STUDENT, None], stats[:, PEAK_TEACHER, None]
     offset = ((u_peak - z_peak) / 8.0).round_() * 8.0
     if not offset.is_cpu or bool(offset.any()):
         u, u_peak = u - offset, u_peak - offset
-    shift = (u_peak - z_peak) * inv_t + (u_sum / z_sum).log()
-    d = _no_nan((u - z).mul_(inv_t).sub_(shift))
+    inv_t = 1.0 / spec.temperature
+    return _no_nan((u - z).mul_(inv_t).sub_((u_peak - z_peak) * inv_t + stats[:, LOG_RATIO, None]))
+
+
+def _teacher_exps(spec: RowSpec, chunk: Rows, stats: Tensor) -> Tensor:
+    assert chunk.teacher is not None
+    return _exps(chunk.teacher, stats[:, PEAK_TEACHER, None], spec.temperature)
+
+
+def _soft_term(
+    spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, stats: Tensor, want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(soft [R], its gradient times soft_scale [R, n]), and the statistics that are the soft term's."""
+    assert chunk.teacher is not None
+    stats[:, PEAK_TEACHER] = _finite(chunk.teacher.amax(-1))
+    u_exps = _teacher_exps(spec, chunk, stats)
+    z_sum, u_sum = z_exps.sum(-1), u_exps.sum(-1)
+    stats[:, LOG_STUDENT] = z_sum.log()
+    # Where the student has no mass, the teacher's alone.
+    stats[:, LOG_RATIO] = (u_sum / torch.where(z_sum == 0, 1.0, z_sum)).log_()
+    columns = _columns(spec, chunk, z, z_exps, u_exps, stats)
+    broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])  # what _no_nan hides of a NaN in the logits
     if spec.formula == Formula.TOTAL_VARIATION:
-        soft, residual = _total_variation(d, p_t, p_s)
+        soft, g, columns = _total_variation(spec, chunk, z, columns, stats)
     else:
-        soft, residual = _far(spec, d, p_t, p_s)
-        near = soft < _near_below(spec)
+        terms, g = _far(spec, columns)
+        soft = terms.sum(-1) + broken
+        stats[:, GRAD_SUM] = -spec.c_t if spec.summands[-1].mix == Mix.STUDENT else g.sum(-1)
+        near = soft < spec.near_below
         if not near.is_cpu or bool(near.any()):
-            near_soft, near_residual = _near(spec, d, p_t, p_s)
-            soft, residual = torch.where(near, near_soft, soft), torch.where(near, near_residual, residual)
+            columns = _centred(spec, chunk, z, columns, stats, near)
+            near_terms, near_g = _near(spec, columns)
+            soft, g = torch.where(near, near_terms.sum(-1), soft), torch.where(near.unsqueeze(1), near_g, g)
+            stats[:, GRAD_SUM] = torch.where(near, near_g.sum(-1), stats[:, GRAD_SUM])
+            stats[:, GRAD_FORM] = near.to(stats.dtype)
     if spec.formula == Formula.CROSS_ENTROPY:
-        mean = _no_nan(p_t * (z - z_peak)).sum(-1, keepdim=True) * inv_t  # far from 0 that of z has no digits left
-        soft = z_sum.log() - mean
-    # What _no_nan hides of a NaN in the logits, the normalisers still show.
-    factor = chunk.soft_scale.unsqueeze(1) * inv_t + 0.0 * shift
-    return (soft + 0.0 * shift).clamp_(min=0.0).squeeze(1), residual.mul_(factor) if want_grad else None
+        relative = z - stats[:, PEAK_STUDENT, None]  # far from 0 the mean of z has no digits left
+        soft = stats[:, LOG_STUDENT] - _no_nan(columns.p_t * relative).sum(-1) / spec.temperature
+    soft = (soft + broken).clamp_(min=0.0)
+    return soft, _soft_gradient(spec, chunk, columns, g, stats) if want_grad else None
 
 
-# The residuals are T·∂D/∂z = g − p_s·G, G = Σ g, where any multiple of p_s may be added to g = ∂D/∂log p_s. That choice
-# decides what cancels. With r = w/(1−w), κ = c_s·w − c_t·(1−w) and m = w·p_t + (1−w)·p_s,
+def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor, stats: Tensor) -> Tensor:
+    """``soft_scale·∂D/∂z``, T·∂D/∂z being g − p_s·G, written over ``g``.
+
+    Of a reverse KL G goes from d, not from p_s·d: that, where p_s is near 1, has been rounded at the size of a d of
+    tens. And where it is infinite there is no gradient.
+    """
+    assert chunk.soft_scale is not None
+    grad_sum, last = stats[:, GRAD_SUM, None], spec.summands[-1]
+    if last.mix == Mix.TEACHER:
+        slope = (columns.d + grad_sum / last.c_s).nan_to_num_(0.0, 0.0, 0.0).mul_(-last.c_s)
+        dz = slope.mul_(columns.p_s)
+        if last is not spec:
+            is_near = stats[:, GRAD_FORM, None] != 0
+            masses = _difference(columns) if not is_near.is_cpu or bool(is_near.any()) else columns.p_t - columns.p_s
+            dz = torch.where(grad_sum == math.inf, 0.0, dz.add_(masses, alpha=-spec.c_t))
+    else:
+        dz = g.addcmul_(columns.p_s, grad_sum, value=-1.0)
+    broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])
+    return dz.mul_((chunk.soft_scale / spec.temperature + broken).unsqueeze(1))
+
+
+# Any multiple of p_s may be added to g = ∂D/∂log p_s. That choice decides what cancels. With r = w/(1−w),
+# κ = c_s·w − c_t·(1−w) and m = w·p_t + (1−w)·p_s,
 #     g = p_s·(κ·p_t/m − c_s·log(1 + r·e^d))                    has its digits where the two are far apart, and
 #     g = p_s·(κ·(p_t/m − 1) − c_s·log(1 + w·(e^d − 1)))        where they are close.
 
 
+def _far(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
+    """(terms, g) of every mixture, and of a sum of two."""
+    terms, g = _FAR[spec.summands[0].mix](spec, *columns)
+    for other in spec.summands[1:]:
+        more, g = _FAR[other.mix](other, *columns)
+        terms = terms + more
+    return terms, g
+
+
 def _student_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
     """m = p_s: g = −c_t·p_t."""
-    return spec.c_t * _no_nan(p_t * d).sum(-1, keepdim=True), (p_s - p_t).mul_(spec.c_t)
+    terms = _no_nan(p_t * d)
+    return terms if spec.c_t == 1.0 else terms.mul_(spec.c_t), p_t * -spec.c_t
 
 
 def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    """m = p_t: g = −c_s·p_s·(d − E_s[d]). Where the student has mass and the teacher none: inf, and a gradient of 0.
-
-    The mean goes from d, not from p_s·d: that, where p_s is near 1, has been rounded at the size of a d of tens.
-    """
-    value = _no_nan(p_s * d).sum(-1, keepdim=True).neg_()
-    slope = (d + value).nan_to_num_(0.0, 0.0, 0.0).mul_(-spec.c_s)
-    return spec.c_s * value, _residual(slope.mul_(p_s), p_s)
+    """m = p_t: g = −c_s·p_s·d. Where the student has mass and the teacher none, the value is inf and the gradient 0."""
+    g = _no_nan(p_s * d).mul_(-spec.c_s)
+    return g, g
 
 
 def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,56 +361,46 @@ def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[T
     c_t, c_s, w = spec.c_t, spec.c_s, spec.w
     y = d + (math.log(w) - math.log1p(-w))
     softplus = _softplus(y)
-    value = _no_nan(p_s * (softplus + math.log1p(-w))).mul_(-c_s)
-    value.add_(_no_nan(p_t * (_softplus(-y) + math.log(w))), alpha=-c_t)
+    terms = _no_nan(p_s * (softplus + math.log1p(-w))).mul_(-c_s)
+    terms.add_(_no_nan(p_t * (_softplus(-y) + math.log(w))), alpha=-c_t)
     slope = softplus.mul_(-c_s).add_(y.sigmoid_(), alpha=c_s - c_t * (1.0 - w) / w)
-    return value.sum(-1, keepdim=True), _residual(_no_nan(p_s * slope), p_s)
-
-
-def _far(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    soft, residual = _FAR[spec.summands[0].mix](spec, d, p_t, p_s)
-    for other in spec.summands[1:]:
-        value, more = _FAR[other.mix](other, d, p_t, p_s)
-        residual = torch.where(value == math.inf, 0.0, residual.add_(more))  # an infinite reverse KL has no gradient
-        soft = soft + value
-    return soft, residual
+    return terms, _no_nan(p_s * slope)
 
 
 _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: _both_mixture}
 
 
-def _near_below(spec: RowSpec) -> float:
-    """Below this the terms and the gradient of a divergence lose digits unless they are written for small d."""
-    largest = -spec.c_t * math.log(spec.w) - spec.c_s * math.log1p(-spec.w) if spec.mix == Mix.BOTH else math.inf
-    return min(NEAR * (spec.c_t + spec.c_s), largest / 4)
-
-
-def _near(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Every mixture where the two are close; the terms have the masses m − p added, so that each is >= 0."""
-    d = _centred(d, p_t, p_s)
+def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
+    """The same where the two are close; the terms have the masses m − p added, so that each is >= 0."""
+    d, p_t, p_s = columns
+    d = d.clamp(-80.0, 80.0)  # beyond, a column has no mass on one side, and all that multiplies it must stay finite
+    last = spec.summands[-1]
+    if last.mix == Mix.TEACHER:
+        terms, g = last.c_s * _bregman(p_s, -d, p_t), (d * -last.c_s).mul_(p_s)
+        if last is not spec:
+            terms.add_(_bregman(p_t, d, p_s), alpha=spec.c_t)
+            g.sub_(_difference(columns), alpha=spec.c_t)
+        return terms, g
+    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
     excess = torch.expm1(d)  # p_t/p_s − 1
-    value, g = torch.zeros_like(d), torch.zeros_like(d)
-    for summand in spec.summands:
-        c_t, c_s, w = summand.c_t, summand.c_s, summand.w
-        m = torch.lerp(p_s, p_t, w)
-        log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
-        value += c_t * _bregman(p_t, d + log_s, m) + c_s * _bregman(p_s, log_s, m)
-        slope = (excess / (excess * w + 1.0)).mul_((c_s * w - c_t * (1.0 - w)) * (1.0 - w)).add_(log_s, alpha=c_s)
-        g += slope.mul_(p_s)
-    return value.sum(-1, keepdim=True), _residual(g, p_s)
+    m = torch.lerp(p_s, p_t, w)
+    log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
+    terms = c_t * _bregman(p_t, d + log_s, m) + c_s * _bregman(p_s, log_s, m)
+    slope = (excess / (excess * w + 1.0)).mul_((c_s * w - c_t * (1.0 - w)) * (1.0 - w)).add_(log_s, alpha=c_s)
+    return terms, slope.mul_(p_s)
 
 
-def _centred(d: Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
-    """d without what the rounding of the normalisers added to all columns, which shows in Σ (p_t − p_s) = 0.
+def _centred(spec: RowSpec, chunk: Rows, z: Tensor, columns: _Columns, stats: Tensor, near: Tensor) -> _Columns:
+    """Of rows that are near, without what the rounding of the normalisers adds to all d: it shows in Σ (p_t − p_s)."""
+    excess = torch.where(near, _difference(columns).sum(-1), 0.0)
+    stats[:, LOG_RATIO] += excess
+    p_t = columns.p_t * torch.exp(-excess).unsqueeze(1)
+    return columns._replace(d=_log_ratio(spec, chunk, z, stats), p_t=p_t)
 
-    And within bounds beyond which a column has no mass on one side, so that all that multiplies it stays finite.
-    """
-    d = d.clamp(-80.0, 80.0)
-    return d.sub_(_difference(d, p_t, p_s).sum(-1, keepdim=True))
 
-
-def _difference(d: Tensor, p_t: Tensor, p_s: Tensor) -> Tensor:
+def _difference(columns: _Columns) -> Tensor:
     """p_t − p_s, with all its digits as d → 0."""
+    d, p_t, p_s = columns
     return torch.where(d.abs() < 0.5, torch.expm1(d.clamp(-1.0, 1.0)).mul_(p_s), p_t - p_s)
 
 
@@ -319,65 +415,82 @@ def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, series.add_(0.5).mul_(x).mul_(x).mul_(p), far)
 
 
-def _total_variation(d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
-    """g = p_s·[p_s > p_t] or −p_s·[p_s < p_t], whichever side has less of p_s; where they tie, half of it."""
-    soft = 0.5 * (p_s - p_t).abs_().sum(-1, keepdim=True)
+def _total_variation(
+    spec: RowSpec, chunk: Rows, z: Tensor, columns: _Columns, stats: Tensor
+) -> tuple[Tensor, Tensor, _Columns]:
+    """(soft, g, columns): g is of the side that has less of p_s."""
+    soft = 0.5 * (columns.p_t - columns.p_s).abs_().sum(-1)
     near = soft < NEAR
     if not near.is_cpu or bool(near.any()):
-        d = torch.where(near, _centred(d, p_t, p_s), d)
-        soft = 0.5 * _difference(d, p_t, p_s).abs_().sum(-1, keepdim=True)
-    above = d.sign().mul_(-0.5).add_(0.5)
-    g = p_s * above
-    grad_sum = g.sum(-1, keepdim=True)
-    g_below = g - p_s
-    return soft, torch.where(grad_sum <= 0.5, g.addcmul_(p_s, grad_sum, value=-1.0), _residual(g_below, p_s))
+        columns = _centred(spec, chunk, z, columns, stats, near)
+        soft = 0.5 * _difference(columns).abs_().sum(-1)
+    above, below = _sides(columns)
+    of_above, of_below = above.sum(-1), below.sum(-1)
+    other = of_above > -of_below
+    stats[:, GRAD_SUM], stats[:, GRAD_FORM] = torch.where(other, of_below, of_above), other.to(stats.dtype)
+    return soft, above.addcmul_(columns.p_s, other.to(above.dtype).unsqueeze(1), value=-1.0), columns
 
 
-def _residual(g: Tensor, p_s: Tensor) -> Tensor:
-    """T·∂D/∂z = g − p_s·Σg, in place."""
-    return g.addcmul_(p_s, g.sum(-1, keepdim=True), value=-1.0)
+def _sides(columns: _Columns) -> tuple[Tensor, Tensor]:
+    """g = p_s·[p_s > p_t] and −p_s·[p_s < p_t]; where they tie, half of each."""
+    above = columns.d.sign().mul_(-0.5).add_(0.5).mul_(columns.p_s)
+    return above, above - columns.p_s
 
 
-def _z_loss(
-    scale: Tensor, peak: Tensor, exps: Tensor, dz: Tensor | None, want_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(log Σ exps [R], dz + 2·scale·lse(z)·softmax(z) [R, n]), with ``exps`` = exp(z − peak)."""
-    total = exps.sum(-1, keepdim=True)
-    log_sum = total.log()
-    if want_grad:
-        factor = 2.0 * scale.unsqueeze(1) * (peak + log_sum) / total
-        dz = exps * factor if dz is None else dz.addcmul_(exps, factor)
-    return log_sum.squeeze(1), dz
-
-
-def _hard_term(
-    spec: RowSpec, chunk: Rows, z: Tensor, peak: Tensor, exps: Tensor, dz: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(hard [R], dz + its gradient times hard_scale [R, n]); ``exps`` = exp(z − peak) is consumed.
+def _hard_term(spec: RowSpec, chunk: Rows, z: Tensor, exps: Tensor, stats: Tensor) -> Tensor:
+    """hard [R] and the statistics that are its and the z-loss's; ``exps`` = exp(z − peak).
 
     The sum leaves the label's own entry out: with t = log of it over that entry, the cross-entropy is softplus(t) and
     1 − p_y = sigmoid(t), both with all their digits as p_y → 1.
     """
-    assert chunk.labels is not None and chunk.hard_scale is not None
+    if chunk.labels is None:
+        stats[:, LOG_HARD] = exps.sum(-1).log_()
+        return stats[:, LOG_HARD]
     label = chunk.labels.unsqueeze(1)
-    scale = chunk.hard_scale.unsqueeze(1)
-    if not z.is_cpu:  # on a CPU every label that counts has been checked
-        scale = torch.where((label >= 0) & (label < spec.vocab_size), scale, math.nan)
-    label = label.clamp(0, spec.vocab_size - 1)
-    z_y = z.gather(1, label)
-    exp_y = exps.gather(1, label)
-    others = exps.scatter_(1, label, 0.0).sum(-1, keepdim=True)
-    t = (peak - z_y) + others.log()
-    hard = _softplus(t)
-    grad_y = -t.sigmoid()
-    exps.mul_(scale / (others + exp_y))
+    column = label.clamp(0, spec.vocab_size - 1)
+    z_y, exp_y = z.gather(1, column), exps.gather(1, column)
+    others = exps.scatter_(1, column, 0.0).sum(-1, keepdim=True)
+    exps.scatter_(1, column, exp_y)
+    stats[:, LOG_HARD] = (others + exp_y).log_().squeeze(1)
+    t = (stats[:, PEAK_STUDENT, None] - z_y) + others.log()
+    hard, rest = _softplus(t), t.sigmoid()
     if spec.label_smoothing:
         anchor = z_y.masked_fill(z_y == -math.inf, 0.0)  # far from 0 a mean of z has no digits left
         hard -= spec.label_smoothing * (z - anchor).mean(-1, keepdim=True)
-        grad_y += spec.label_smoothing * (1.0 - 1.0 / spec.vocab_size)
-        exps -= scale * (spec.label_smoothing / spec.vocab_size)
-    exps.scatter_(1, label, grad_y * scale)
-    return (hard + 0.0 * scale).squeeze(1), exps if dz is None else exps.add_(dz)
+    is_elsewhere = label == ELSEWHERE
+    hard, rest = hard.masked_fill_(is_elsewhere, 0.0), rest.masked_fill_(is_elsewhere, 0.0)
+    if not z.is_cpu:  # on a CPU every label that counts has been checked
+        bad = ((label < 0) & ~is_elsewhere) | (label >= spec.vocab_size)
+        hard, rest = hard.masked_fill_(bad, math.nan), rest.masked_fill_(bad, math.nan)
+    stats[:, LABEL_REST] = rest.squeeze(1)
+    return hard.squeeze(1)
+
+
+def _hard_gradient(spec: RowSpec, chunk: Rows, exps: Tensor, stats: Tensor, dz: Tensor | None) -> Tensor:
+    """dz and the gradients of the hard term and of the z-loss, scales included, written over ``exps`` = exp(z − peak).
+
+    p_y − 1 at the label's column has its digits in LABEL_REST.
+    """
+    log_hard, rest = stats[:, LOG_HARD, None], stats[:, LABEL_REST, None]
+    factor = torch.zeros_like(rest)  # of softmax(z)
+    if chunk.z_scale is not None:
+        factor = 2.0 * chunk.z_scale.unsqueeze(1) * (stats[:, PEAK_STUDENT, None] + log_hard)
+        factor = factor.masked_fill_(chunk.z_scale.unsqueeze(1) == 0, 0.0)
+    if chunk.labels is None or chunk.hard_scale is None:
+        exps.mul_(factor * torch.exp(-log_hard))
+        return exps if dz is None else exps.add_(dz)
+    scale, label = chunk.hard_scale.unsqueeze(1), chunk.labels.unsqueeze(1)
+    smooth = spec.label_smoothing / spec.vocab_size
+    of_label = scale * (spec.label_smoothing - smooth - rest) + factor * (1.0 - rest)
+    if not exps.is_cpu:
+        is_bad = ((label < 0) & (label != ELSEWHERE)) | (label >= spec.vocab_size)
+        factor = factor.masked_fill(is_bad & (scale != 0), math.nan)
+    exps.mul_((scale + factor) * torch.exp(-log_hard))
+    if smooth:
+        exps -= scale * smooth
+    column = label.clamp(0, spec.vocab_size - 1)
+    exps.scatter_(1, column, torch.where(label == ELSEWHERE, exps.gather(1, column), of_label))
+    return exps if dz is None else exps.add_(dz)
 
 
 def _exps(x: Tensor, peak: Tensor, temperature: float) -> Tensor:
@@ -402,6 +515,11 @@ def _no_nan(x: Tensor) -> Tensor:
     return x.nan_to_num_(0.0, math.inf, -math.inf)
 
 
+def _finite(peak: Tensor) -> Tensor:
+    """What exponents may subtract: 0 where all is −inf."""
+    return peak.masked_fill_(peak == -math.inf, 0.0)
+
+
 def _dead_rows(rows: Rows) -> Tensor | None:
     """Which rows have scales of 0 alone; None if it is known that there are none."""
     scales = (rows.hard_scale, rows.soft_scale, rows.z_scale)
@@ -413,15 +531,17 @@ def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _chunks(rows: Rows, vocab_size: int, grad: Tensor | None) -> Iterator[tuple[slice, Rows, Tensor | None]]:
-    """(which rows, their tensors [R, n] and [R], where their gradient goes [R, V])."""
+def _chunks(
+    rows: Rows, vocab_size: int, grad: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, Rows, Tensor | None]]:
+    """(which rows, their tensors [R, n], of this dtype, and [R], where their gradient goes [R, V])."""
     matrices = [t for t in (rows.student, rows.teacher, grad) if t is not None]
     for at, parts in _split(*matrices):
         student, *others = parts
         out = others.pop() if grad is not None else None
-        teacher = others.pop()[:, :vocab_size] if others else None
+        teacher = others.pop()[:, :vocab_size].to(dtype) if others else None
         vectors = (None if t is None else t[at] for t in rows[2:])
-        yield at, Rows(student[:, :vocab_size], teacher, *vectors), out
+        yield at, Rows(student[:, :vocab_size].to(dtype), teacher, *vectors), out
 
 
 def _split(*matrices: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:

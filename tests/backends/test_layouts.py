@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastkd._request import Place
 from tests.assertions import check_call, run, same_bits
 from tests.cases import LAYOUTS, STRUCTURES, inputs, keywords, offset, padded_rows
 
@@ -81,17 +82,17 @@ def test_writes_its_own_columns_only(backend: str, device: str, layout: str, ope
     student, teacher, labels = inputs((2, 2), columns, torch.bfloat16, device=device)
     given = (teacher, labels, torch.rand(2, 2, device=device), torch.rand(2, 2, device=device), None)
     spec = (2.0, 0, 1.0, 0.0, 0.0, 0.0, columns, None)
-    operators = torch.ops.fastkd
-    _, _, stats, expected = operators.kd_rows(student, *given, *spec, True, backend)
+    operators, place = torch.ops.fastkd, Place(backend)
+    _, _, stats, expected = operators.kd_rows(student, *given, *spec, True, *place)
 
     view, before = LAYOUTS[layout](student), student.clone()
     assert view._base is not None
     store = view._base
     if operator == "kd_rows_":
-        operators.kd_rows_(view, *given, *spec, backend)
+        operators.kd_rows_(view, *given, *spec, *place)
     else:
-        operators.kd_grad_(view, *given, stats, *spec, backend)
-        expected = operators.kd_grad(student, *given, stats, *spec, backend)
+        operators.kd_grad_(view, *given, stats, *spec, *place)
+        expected = operators.kd_grad(student, *given, stats, *spec, *place)
     if operator == "kd_grad_":
         assert same_bits(view, expected)
     else:

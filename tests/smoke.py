@@ -1,7 +1,7 @@
 """Try an installed fastkd: ``python tests/smoke.py``, in an environment that has it and mypy, from another folder.
 
-Each backend that can run here is held to PyTorch's own functions in float64, in a few calls: the question is whether the
-package is whole. ``make smoke`` and the wheels' workflow run it.
+Each backend that can run here is held to PyTorch's own functions in float64, in a few calls: the question is whether
+the package is whole. ``make smoke`` and the wheels' workflow run it.
 """
 
 from __future__ import annotations

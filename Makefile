@@ -40,8 +40,11 @@ bench: install
 bench-record: install
 	$(BIN)/python -m fastkd bench --device cpu --out benchmarks/results/cpu-$(shell uname -m).json
 	$(BIN)/python -m fastkd.bench.cache --out benchmarks/results/cache.json
-	$(BIN)/python -m fastkd demo --device cpu
-	cp fastkd-demo/text.png benchmarks/results/demo-text.png
+	$(BIN)/python -m fastkd.bench.tails --out benchmarks/results/tails.json
+	for task in text layers; do \
+	    $(BIN)/python -m fastkd demo --device cpu --task $$task || exit; \
+	    for kind in json png; do cp fastkd-demo/$$task.$$kind benchmarks/results/demo-$$task.$$kind; done \
+	done
 	$(BIN)/python -m fastkd.bench.docs
 
 docs: install

@@ -64,8 +64,8 @@ smoke:
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
 	FASTKD_CUDA_ARCHS=none FASTKD_REQUIRE=cpu build/smoke/bin/pip install --quiet dist/*.tar.gz \
-		"torch$(if $(TORCH),==$(TORCH).*)" mypy numpy
-	cd build && smoke/bin/python ../tests/smoke.py
+	    "torch$(if $(TORCH),==$(TORCH).*)" mypy numpy
+	cd build && FASTKD_REQUIRE=cpu smoke/bin/python ../tests/smoke.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,8 +3,8 @@
     python examples/offline_cache.py --out FOLDER --steps 60
 
 Kill it, and start it again: the teacher goes on with the sequence after the last complete shard, the student with the
-step after its last checkpoint, and what comes out is what an undisturbed run gives, bit for bit. (The teacher is tiny and
-untrained; the rest is as it is for large ones.)
+step after its last checkpoint, and what comes out is what an undisturbed run gives, bit for bit. (The teacher is tiny
+and untrained; the rest is as it is for large ones.)
 """
 
 from __future__ import annotations

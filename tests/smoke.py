@@ -29,11 +29,10 @@ def installed() -> None:
     package = Path(fastkd.__file__).parent
     assert TESTS.parent not in package.parents or "site-packages" in package.parts, package
     assert importlib.metadata.version("fastkd") == fastkd.__version__
-    required = [name for name in os.environ.get("FASTKD_REQUIRE", "").split(",") if name]
     print(f"fastkd {fastkd.__version__} · Python {platform.python_version()} · torch {torch.__version__} · {package}")
     subprocess.run([sys.executable, "-m", "fastkd", "info"], check=True, stdout=subprocess.DEVNULL)
-    for name in required:
-        assert _dispatch.refusal(torch.empty(1, 1), name) is None, _dispatch.refusal(torch.empty(1, 1), name)
+    for name in filter(None, os.environ.get("FASTKD_REQUIRE", "").split(",")):
+        assert (why := _dispatch.refusal(torch.empty(1, 1), name)) is None, why
 
 
 def right(logits: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +60,11 @@ def computes(backend: str) -> None:
         found.backward()
         torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(leaf.grad.double(), expected, rtol=1e-4, atol=1e-6)
-    fastkd.kd_loss(logits, fastkd.top_k(teacher, 8, temperature=2.0), labels, **keywords).backward()
-    print(f"{backend}: loss and gradients")
+    # Traced as for compiling, which needs no compiler.
+    traced = torch.compile(fastkd.kd_loss, fullgraph=True, backend="eager")
+    listed = fastkd.top_k(teacher, 8, temperature=2.0)
+    assert traced(logits, listed, labels, **keywords) == fastkd.kd_loss(logits, listed, labels, **keywords)
+    print(f"{backend}: loss and gradients, and traced")
 
 
 def types(**environment: str) -> None:
@@ -71,16 +73,9 @@ def types(**environment: str) -> None:
     (Tensor.backward has no types in PyTorch itself.)
     """
     program = TESTS / "users_program.py"
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--allow-untyped-calls",
-        "--follow-imports=silent",
-        "--config-file=",
-    ]
-    result = subprocess.run([*command, program], env=os.environ | environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mypy", "--strict", "--allow-untyped-calls", "--follow-imports=silent"]
+    command += ["--config-file=", str(program)]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     found = {int(line) for line in re.findall(r"users_program\.py:(\d+): error", result.stdout)}
     lines = enumerate(program.read_text().splitlines(), start=1)
     assert found == {number for number, line in lines if "# error" in line}, result.stdout + result.stderr

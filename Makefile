@@ -3,7 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint demo bench bench-record clean
+.PHONY: install test lint demo bench bench-record docs dist smoke clean
 
 install: $(VENV)/.dev
 
@@ -40,7 +40,32 @@ bench: install
 bench-record: install
 	$(BIN)/python -m fastkd bench --device cpu --out benchmarks/results/cpu-$(shell uname -m).json
 	$(BIN)/python -m fastkd.bench.cache --out benchmarks/results/cache.json
+	$(BIN)/python -m fastkd.bench.tails --out benchmarks/results/tails.json
+	for task in text layers; do \
+	    $(BIN)/python -m fastkd demo --device cpu --task $$task || exit; \
+	    for kind in json png; do cp fastkd-demo/$$task.$$kind benchmarks/results/demo-$$task.$$kind; done \
+	done
 	$(BIN)/python -m fastkd.bench.docs
+
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
+
+# What is released. The wheel has the CPU part; CUDA's is compiled where the sdist is installed, for the GPUs there.
+dist: install
+	rm -rf dist
+	FASTKD_CUDA_ARCHS=none FASTKD_REQUIRE=cpu $(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+# What `make dist` made, tried in a fresh environment, as in
+# make smoke PYTHON=python3.10 TORCH=2.6
+PYTHON ?= python3
+smoke:
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	FASTKD_CUDA_ARCHS=none FASTKD_REQUIRE=cpu build/smoke/bin/pip install --quiet dist/*.tar.gz \
+	    "torch$(if $(TORCH),==$(TORCH).*)" mypy numpy
+	cd build && FASTKD_REQUIRE=cpu smoke/bin/python ../tests/smoke.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,8 +1,8 @@
 """Write the recorded figures into the documentation: ``python -m fastkd.bench.docs``.
 
 Between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->`` stands what :func:`blocks` gives for NAME, out of the
-JSON files in ``benchmarks/results/``: measured times, and instructions counted for the cost model. Nothing there is
-typed by hand, and a test compares.
+JSON files in ``benchmarks/results/``: measured times, and instructions counted for the cost model; or computed here, if
+it is the same everywhere. Nothing there is typed by hand, and a test compares.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cache, cost, cost_triton, summary, tails
+from fastkd.bench import accuracy, cache, cost, cost_triton, normalisation, summary, tails
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,6 +38,7 @@ def blocks() -> dict[str, str]:
     learned = json.loads((RESULTS / "tails.json").read_text())
     texts["tails"] = f"{summary.machine_line(learned['machine'])}\n\n{table(tails.table(learned))}"
     texts["layers"] = layers_learned(json.loads((RESULTS / "demo-layers.json").read_text()))
+    texts["normalisation"] = table(normalisation.table())
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     fills = cost.fills_table(cost.recorded())

@@ -40,7 +40,7 @@ def logits_like(source: Tensor | LinearLogits, autocast: torch.dtype | None) -> 
     """A tensor with the shape, dtype and device of the logits, and no memory: what arguments are checked against."""
     if isinstance(source, Tensor):
         return source
-    hidden, weight = source[:2]
+    hidden, weight = source.hidden, source.weight  # PyTorch 2.6 compiles no slice of a named tuple
     return hidden.new_empty((), dtype=product_dtype(hidden, autocast)).expand(*hidden.shape[:-1], len(weight))
 
 

@@ -24,11 +24,11 @@ class LinearLogits(NamedTuple):
         torch.Size([100, 8])
     """
 
-    hidden: Tensor  # (..., H) float32, bfloat16, float16 or float64
-    weight: Tensor  # (V, H), as nn.Linear's; of hidden's dtype unless under autocast
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    softcap: float | None = None  # > 0
+    hidden: Tensor  #: (..., H) float32, bfloat16, float16 or float64
+    weight: Tensor  #: (V, H), as nn.Linear's; of hidden's dtype unless under autocast
+    bias: Tensor | None = None  #: (V,)
+    scale: float = 1.0  #: of the product and its bias
+    softcap: float | None = None  #: > 0
 
 
 class TopK(NamedTuple):
@@ -62,7 +62,7 @@ class TopK(NamedTuple):
         1.2797
     """
 
-    ids: Tensor  # (..., K) int32 or int64, distinct in a row; −1 is padding
-    log_probs: Tensor  # (..., K) float32, bfloat16, float16 or float64: of the whole vocabulary, at `temperature`
-    temperature: float = 1.0  # which must be the loss's
-    tail: str = "bucket"
+    ids: Tensor  #: (..., K) int32 or int64, distinct in a row; −1 is padding
+    log_probs: Tensor  #: (..., K) float32, bfloat16, float16 or float64; of the whole vocabulary, at this temperature
+    temperature: float = 1.0  #: which must be the loss's
+    tail: str = "bucket"  #: what becomes of the other tokens

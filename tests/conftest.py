@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # NumPy warns of inf − inf, log 0 and a sum's overflow, which the kernels guard and a GPU computes in silence.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore:overflow encountered in reduce:RuntimeWarning:numpy")
+    # Of PyTorch 2.6, whenever a mesh of CPUs is made.
+    config.addinivalue_line("filterwarnings", "ignore:DTensor random operators:UserWarning")
     # Of a machine without a compiler, on which test_dispatch says what must run.
     config.addinivalue_line("filterwarnings", "ignore:fastkd. backend 'cpu':RuntimeWarning")
 

@@ -1,12 +1,14 @@
-"""The examples of the documentation run."""
+"""The documentation: its code runs, its links lead somewhere, and it has everything public. `make docs` builds it."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 import fastkd
 from fastkd import cache
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -71,19 +73,59 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_every_argument_is_documented() -> None:
-    """In the docstring and in README's table."""
-    import inspect
-
-    table = README.read_text()
+    """In the docstring and in the table of docs/loss.md."""
+    table = (ROOT / "docs" / "loss.md").read_text()
     for argument in inspect.signature(fastkd.kd_loss).parameters:
         assert re.search(rf"^ +{argument}: ", fastkd.kd_loss.__doc__ or "", re.MULTILINE), argument
         assert re.search(rf"^\|[^|]*`{argument}`[^|]*\|", table, re.MULTILINE), argument
 
 
-def test_readme() -> None:
-    """Every Python block of it, in order, in one namespace."""
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = {"ids": lambda path: path.name}
+
+
+def code(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code(page)], **IDS)
+def test_code_of_the_pages(page: Path) -> None:
+    """Every Python block of it, in order, in one namespace. What is not to run is indented, or has no language."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for number, block in enumerate(code(page), start=1):
+        exec(compile(block, f"{page.name}, Python block {number}", "exec"), namespace)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub and Sphinx call the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, **IDS)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.is_file(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_the_site_has_every_page_once() -> None:
+    toctrees = re.findall(r"^```\{toctree\}\n(.*?)^```", (ROOT / "docs" / "index.md").read_text(), re.M | re.S)
+    entries = [line for toctree in toctrees for line in toctree.splitlines() if line and not line.startswith(":")]
+    assert sorted(entries) == sorted(page.stem for page in (ROOT / "docs").glob("*.md") if page.stem != "index")
+
+
+@pytest.mark.parametrize("package", [fastkd, cache], ids=lambda package: package.__name__)
+def test_the_reference_has_every_public_name(package: ModuleType) -> None:
+    sections = re.split(r"^\.\. currentmodule:: ", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    (section,) = [section for section in sections if section.splitlines()[0] == package.__name__]
+    public = {name for name, value in vars(package).items() if callable(value) and not name.startswith("_")}
+    assert set(re.findall(r"^\.\. auto\w+:: (\w+)$", section, re.MULTILINE)) == public
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130

@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import fastkd
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -24,9 +26,36 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def test_distill_from_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run(folder: Path, name: str, *arguments: str) -> str:
+    """What it prints, run as a user runs it; the package alone is on the path."""
+    (folder / "fastkd").symlink_to(Path(fastkd.__file__).parent)
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_they_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 120
+
+
+def test_fsdp2(tmp_path: Path) -> None:
+    """It compares its first step with one process's by itself."""
+    output = run(tmp_path, "fsdp2", "--steps", "2")
+    assert re.search(r"differ from one process's by \d", output)
+    assert re.search(r"step 1: loss \d+\.\d+ of \d+ tokens", output)
+
+
+def test_hidden_layers(tmp_path: Path) -> None:
+    output = run(tmp_path, "hidden_layers", "--steps", "2")
+    assert "23 tensors copied" in output
+    assert len(re.findall(r"held-out loss \d+\.\d+$", output, re.MULTILINE)) == 4
+
+
+def test_offline_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A teacher and a student that are stopped midway and go on come to what undisturbed ones come to."""
-    module = example("distill_from_cache")
+    module = example("offline_cache")
     at_once = module.main(["--out", str(tmp_path / "at once"), "--steps", "12"])
     assert "with row 0 of 64" in capsys.readouterr().out
     folder = tmp_path / "resumed"

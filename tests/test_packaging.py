@@ -212,7 +212,7 @@ def test_make_installs_what_a_target_needs_and_once(tree: Path) -> None:
         assert len(lines) <= 1
         return lines[0].partition(".[")[2].partition("]")[0] if lines else ""
 
-    assert [installed(target) for target in ("demo", "test", "bench")] == ["demo", "dev", "dev"]
+    assert [installed(target) for target in ("demo", "test", "docs", "dist")] == ["demo", "dev", "dev", "dev"]
     stamp = tree / ".venv" / ".dev"
     stamp.parent.mkdir()
     stamp.write_text("90\n")

@@ -13,7 +13,7 @@ import torch
 
 from fastkd import _extras
 from fastkd.__main__ import main
-from fastkd.bench import check, docs, plots, run, summary, timing
+from fastkd.bench import check, docs, normalisation, plots, run, summary, timing
 from fastkd.bench.cases import Case, Inputs, full, quick
 from fastkd.bench.provider import Provider
 from fastkd.bench.providers import PROVIDERS
@@ -207,5 +207,15 @@ def test_a_contender_that_is_not_installed_says_how_to_add_it(monkeypatch: pytes
 @pytest.mark.parametrize("page", docs.PAGES, ids=lambda page: page.name)
 def test_documents_hold_the_recorded_figures(page: Path) -> None:
     text = page.read_text()
-    assert docs.BLOCK.search(text)
     assert docs.render(text) == text, "run: python -m fastkd.bench.docs"
+
+
+def test_all_figures_are_in_a_document() -> None:
+    assert set(docs.blocks()) == {match[2] for page in docs.PAGES for match in docs.BLOCK.finditer(page.read_text())}
+
+
+def test_a_denominator_of_all_tokens_makes_the_gradient_that_of_one_batch() -> None:
+    lines = normalisation.table()[1:]
+    assert len(lines) == len(normalisation.LOOPS)
+    assert {right for _, _, right, _ in lines} == {"0%"}
+    assert all(plain != "0%" for _, _, _, plain in lines[1:])

@@ -39,7 +39,6 @@ CUTS = {1: (0, 300), 2: (0, 101, 300), 3: (0, 1, 180, 300), 4: (0, 75, 150, 225,
 # Each divergence in one number of slices, and one in each: what slices do has nothing to do with which it is.
 NUMBERS = [*((name, 3) for name in DIVERGENCES), *(("jsd(0.5)", slices) for slices in (1, 2, 4))]
 LABELS = (0, 180, 299, 100, 101)
-BACKENDS = ("cuda", "triton", "cpu")  # which have slice_sums
 
 
 def spec_of(name: str, columns: int = COLUMNS, temperature: float = 2.0, smoothing: float = 0.0) -> RowSpec:
@@ -53,18 +52,6 @@ SUMMED = tuple(name for name in DIVERGENCES if spec_of(name).formula != Formula.
 @pytest.fixture
 def chosen(backend: str) -> Any:
     return _dispatch.backend(backend)
-
-
-@pytest.fixture
-def summing(chosen: Any) -> Any:
-    if not hasattr(chosen, "slice_sums"):
-        pytest.skip("it has no slice_sums")
-    return chosen
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_who_sums(name: str) -> None:
-    assert hasattr(_dispatch.backend(name), "slice_sums")
 
 
 def make(device: str, dtype: torch.dtype = torch.float32, near: bool = False, terms: str = "hard soft z") -> Rows:
@@ -219,28 +206,28 @@ def grad_sums(spec: RowSpec, log_t: Tensor, log_s: Tensor, near: bool) -> tuple[
 
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize(("name", "slices"), [number for number in NUMBERS if number[0] in SUMMED])
-def test_sums(summing: Any, device: str, name: str, near: bool, slices: int) -> None:
+def test_sums(chosen: Any, device: str, name: str, near: bool, slices: int) -> None:
     """S and G, and the gradient that comes of them, which no form of g is right for unless its G is."""
     rows, spec = make(device, near=near), spec_of(name)
     stats = normalisers(rows, spec)
-    value, g, form = taken(sums_of_slices(summing, rows, spec, stats, slices), spec, near)
+    value, g, form = taken(sums_of_slices(chosen, rows, spec, stats, slices), spec, near)
     log_t, log_s = normalised(rows, spec)
     torch.testing.assert_close(value, DIVERGENCES[name].definition(log_t, log_s), rtol=1e-5, atol=0.0)
     if spec.formula in (Formula.MIXTURE_KL, Formula.TOTAL_VARIATION):  # of others each backend has forms of its own
         expected_g, size = grad_sums(spec, log_t, log_s, near)
         assert ((g - expected_g).abs() <= 1e-5 * size).all()
-    of_row = whole(summing, rows, spec)
+    of_row = whole(chosen, rows, spec)
     stats = torch.where(stats.isnan(), of_row, stats)
     stats[:, GRAD_SUM], stats[:, GRAD_FORM] = g, form
-    check_slices(summing, rows, spec, name, stats, slices)
+    check_slices(chosen, rows, spec, name, stats, slices)
 
 
-def test_total_variation_without_the_error_of_its_ratio(summing: Any, device: str) -> None:
+def test_total_variation_without_the_error_of_its_ratio(chosen: Any, device: str) -> None:
     """It feels an error of LOG_RATIO itself, which its third sum shows."""
     rows, spec = make(device, near=True), spec_of("tvd")
     stats = normalisers(rows, spec)
     stats[:, LOG_RATIO] += 3e-7
-    sums = sums_of_slices(summing, rows, spec, stats, 3)
+    sums = sums_of_slices(chosen, rows, spec, stats, 3)
     torch.testing.assert_close(sums[:, 2], torch.full_like(sums[:, 2], -3e-7), rtol=0.2, atol=0.0)
     expected = DIVERGENCES["tvd"].definition(*normalised(rows, spec))
     torch.testing.assert_close(taken(sums, spec, True)[0], expected, rtol=1e-5, atol=0.0)
@@ -248,11 +235,11 @@ def test_total_variation_without_the_error_of_its_ratio(summing: Any, device: st
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_sums_of_dtypes(summing: Any, device: str, temperature: float, dtype: torch.dtype) -> None:
+def test_sums_of_dtypes(chosen: Any, device: str, temperature: float, dtype: torch.dtype) -> None:
     rows, spec = make(device, dtype), spec_of("mine", temperature=temperature)
-    if why := summing.unsupported(rows.student, rows.teacher):
+    if why := chosen.unsupported(rows.student, rows.teacher):
         pytest.skip(why)
-    value, g, _ = taken(sums_of_slices(summing, rows, spec, normalisers(rows, spec), 2), spec, False)
+    value, g, _ = taken(sums_of_slices(chosen, rows, spec, normalisers(rows, spec), 2), spec, False)
     log_t, log_s = normalised(rows, spec)
     torch.testing.assert_close(value, DIVERGENCES["mine"].definition(log_t, log_s), rtol=1e-5, atol=0.0)
     expected_g, size = grad_sums(spec, log_t, log_s, False)
@@ -260,7 +247,7 @@ def test_sums_of_dtypes(summing: Any, device: str, temperature: float, dtype: to
 
 
 @pytest.mark.parametrize("name", SUMMED)
-def test_sums_over_minus_inf(summing: Any, device: str, name: str) -> None:
+def test_sums_over_minus_inf(chosen: Any, device: str, name: str) -> None:
     """On one side, the other and both; of all of a slice on either."""
     rows, spec = make(device), spec_of(name)
     student, teacher = rows.student[0], rows.teacher[0]
@@ -268,21 +255,21 @@ def test_sums_over_minus_inf(summing: Any, device: str, name: str) -> None:
     student[1, ::2] = teacher[1, ::2] = -math.inf
     student[2, :75] = teacher[2, :75] = -math.inf
     teacher[3, 60:90] = -math.inf
-    value, _, _ = taken(sums_of_slices(summing, rows, spec, normalisers(rows, spec), 4), spec, False)
+    value, _, _ = taken(sums_of_slices(chosen, rows, spec, normalisers(rows, spec), 4), spec, False)
     torch.testing.assert_close(value, DIVERGENCES[name].definition(*normalised(rows, spec)), rtol=1e-5, atol=0.0)
 
 
-def test_sums_of_rows_that_do_not_count(summing: Any, device: str) -> None:
+def test_sums_of_rows_that_do_not_count(chosen: Any, device: str) -> None:
     """Nothing of them is read, not their statistics; the hard term does not make a row count."""
     rows, spec = make(device), spec_of("jsd(0.5)")
     stats = normalisers(rows, spec)
     rows.student[0, 1] = rows.teacher[0, 1] = stats[1] = math.nan
     rows.soft_scale[1] = 0.0
-    sums = sums_of_slices(summing, rows, spec, stats, 2)
+    sums = sums_of_slices(chosen, rows, spec, stats, 2)
     assert (sums[1] == 0.0).all() and sums.isfinite().all() and (sums[0] != 0.0).all()
 
 
-def test_sums_of_one_row(summing: Any, device: str) -> None:
+def test_sums_of_one_row(chosen: Any, device: str) -> None:
     """Which may be split; columns past the vocabulary are not read. Twice the same, to the bit."""
     student, teacher, _ = inputs((1, 1), 10007, device=device)
     rows = Rows(student, teacher, None, None, torch.ones(1, device=device))
@@ -291,8 +278,8 @@ def test_sums_of_one_row(summing: Any, device: str) -> None:
     stats = normalisers(of_tokens, spec)
     student[..., 9001:] = teacher[..., 9001:] = math.nan
     sums, again = (torch.empty(1, 4, device=device) for _ in range(2))
-    summing.slice_sums(rows, spec, stats, sums)
-    summing.slice_sums(rows, spec, stats, again)
+    chosen.slice_sums(rows, spec, stats, sums)
+    chosen.slice_sums(rows, spec, stats, again)
     assert torch.equal(sums, again)
     expected = DIVERGENCES["jsd(0.1)"].definition(*normalised(of_tokens, spec))
     torch.testing.assert_close(sums[:, 0].double(), expected, rtol=1e-5, atol=0.0)

@@ -1,0 +1,63 @@
+"""NVIDIA ModelOpt: the criterion of its logits, for ``mtd.convert`` and for its Hugging Face trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modelopt.torch.distill.plugins import huggingface
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
+
+import fastkd
+from fastkd.integrations.torch import KLDivLoss
+
+
+class LogitsDistillationLoss(_Loss):
+    """``modelopt.torch.distill.LogitsDistillationLoss``, with its arguments, values and T².
+
+    Args:
+        temperature: T > 0.
+        reduction: ModelOpt's. ``"mean"``, its default, divides by the number of *elements*, N·V: a loss about V times
+            less than the mean over tokens, which is ``"batchmean"`` for logits ``(N, V)`` (for ``(B, S, V)`` it divides
+            by B). ``"none"`` gives the loss of each row, ``(...)``, for a mask of one's own; or ``"sum"``.
+
+    Raises:
+        ValueError, TypeError: a bad argument, and what :func:`fastkd.kd_loss` refuses.
+    """
+
+    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.loss_fn = (
+            fastkd.KDLoss(temperature=temperature, reduction="none")
+            if reduction == "none"
+            else KLDivLoss(reduction, temperature=temperature)
+        )
+
+    def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
+        return self.loss_fn(logits_s, logits_t)  # type: ignore[no-any-return]
+
+
+class KDTrainer(huggingface.KDTrainer):
+    """ModelOpt's trainer with this criterion on the logits as they are, neither cast nor copied.
+
+    The labels that count are those of ModelOpt, those that are not −100. Where the Trainer counts the items of all
+    micro-batches of a step, the loss is divided by that, as the Trainer expects: ModelOpt's is the mean of each, so that
+    its gradient is ``gradient_accumulation_steps`` times too large. Not for ``use_liger_kernel``, whose loss is Liger's.
+    """
+
+    def _standard_kd_loss(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+    ) -> Tensor:
+        teacher_logits, self._last_teacher_outputs = self._last_teacher_outputs.logits, None
+        mask = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=huggingface.IGNORE_INDEX) != -100
+        loss = fastkd.kd_loss(
+            outputs.logits,
+            teacher_logits,
+            mask=mask,
+            temperature=self._kd_criterion._temperature,
+            num_items=num_items_in_batch,
+        )
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return loss

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastkd
-from fastkd import KDLoss, KDLossParts
+from fastkd import KDLoss
+
+# What a batch's sum is divided by until the number of rows of the whole step is known. Any number does that is the
+# same for all batches and devices; this one keeps gradients in float16's range.
+UNIT = 1024
 
 
 class KDModule(LightningModule):
@@ -23,7 +27,8 @@ class KDModule(LightningModule):
     step, which is before they are clipped. Lightning's own is the mean of the batches' means.
 
     The teacher stays in ``eval()``, gets no gradient, and is not written into checkpoints. Logs ``train_loss``,
-    ``train_hard`` and ``train_soft`` of each batch, and ``val_loss`` and so on, means over all rows that count.
+    and where both have a weight ``train_hard`` and ``train_soft``, of each batch; ``val_loss``, ``val_hard`` and
+    ``val_soft`` are means over all rows that count.
 
     Args:
         student: what is trained.
@@ -50,7 +55,7 @@ class KDModule(LightningModule):
             raise ValueError(f"loss_fn: got reduction={loss_fn.reduction!r}, must be 'mean'")
         self.student, self.teacher, self.loss_fn, self.optimizer = student, teacher.eval(), loss_fn, optimizer
         teacher.requires_grad_(False)
-        self._unit, self._rows = 0, torch.tensor(0)  # of the batches since the last step
+        self._rows = torch.tensor(0)  # that count, since the last step
 
     def distil(self, batch: Any) -> tuple[Any, Any, Tensor]:
         """The student's logits, the teacher's, and labels: what :func:`fastkd.kd_loss` takes, so also what it takes
@@ -63,28 +68,26 @@ class KDModule(LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         student, teacher, labels = self.distil(batch)
         rows = self._count(labels)
-        # The denominator is one number for all batches of a step; any does, and this one keeps float16 in range.
-        self._unit = self._unit or labels.numel()
         self._rows = self._rows.to(rows.device) + rows
-        loss, hard, soft = self._loss(student, teacher, labels, num_items=self._unit)
-        mean = loss.detach() * self._unit / rows.clamp(min=1)
-        self.log_dict({"train_loss": mean, "train_hard": hard, "train_soft": soft})
+        parts = self._loss(student, teacher, labels, num_items=UNIT)
+        loss = parts["loss"]
+        parts["loss"] = loss.detach() * UNIT / rows.clamp(min=1)
+        self.log_dict({f"train_{name}": part for name, part in parts.items()})
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # Lightning has divided each batch's loss by their number, and its strategies average over devices.
-        rows = self.trainer.strategy.reduce(self._rows.float(), reduce_op="mean")
-        factor = self.trainer.accumulate_grad_batches * self._unit / torch.as_tensor(rows).clamp(min=1)
+        # Lightning has divided each batch's loss by the number of batches, and averages gradients over devices.
+        rows = torch.as_tensor(self.trainer.strategy.reduce(self._rows.float(), reduce_op="mean"))
+        factor = UNIT * self.trainer.accumulate_grad_batches / rows.clamp(min=1)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor.to(parameter.grad.device))
-        self._unit, self._rows = 0, torch.zeros_like(self._rows)
+        self._rows = torch.zeros_like(self._rows)
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         student, teacher, labels = self.distil(batch)
-        names = ("val_loss", "val_hard", "val_soft")
-        parts = dict(zip(names, self._loss(student, teacher, labels), strict=True))
+        parts = {f"val_{name}": part for name, part in self._loss(student, teacher, labels).items()}
         self.log_dict(parts, batch_size=int(self._count(labels)), sync_dist=True)
 
     def configure_optimizers(self) -> Optimizer:
@@ -104,9 +107,12 @@ class KDModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"].update(self.teacher.state_dict(prefix="teacher."))
 
-    def _loss(self, student: Any, teacher: Any, labels: Tensor, **keywords: Any) -> KDLossParts:
-        keywords |= {**self.loss_fn.keywords(), "return_parts": True}
-        return fastkd.kd_loss(student, teacher, labels, **keywords)  # type: ignore[no-any-return]
+    def _loss(self, student: Any, teacher: Any, labels: Tensor, **keywords: Any) -> dict[str, Tensor]:
+        """The loss; and its two terms if both have a weight, or in validation: alone, one would cost a pass."""
+        settings = self.loss_fn.keywords()
+        parts = bool(settings["hard_weight"] and settings["soft_weight"]) or not torch.is_grad_enabled()
+        result = fastkd.kd_loss(student, teacher, labels, **{**settings, "return_parts": parts}, **keywords)
+        return result._asdict() if parts else {"loss": result}
 
     def _count(self, labels: Tensor) -> Tensor:
         return (labels != self.loss_fn.ignore_index).sum()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -69,7 +70,11 @@ def linear_logits(model: Any, hidden: Tensor) -> LinearLogits:
         ValueError: the head's matrix is not all here (FSDP1, ZeRO-3).
     """
     head, config = _head(model), model.config.get_text_config()
-    weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+    weight, bias = (
+        # An FSDP2 shard is of the dtype that it is trained in.
+        parameter.full_tensor().to(hidden.dtype) if isinstance(parameter, DTensor) else parameter
+        for parameter in (head.weight, head.bias)
+    )
     if weight.shape != (head.out_features, head.in_features):
         raise ValueError(
             f"model: got a head of {tuple(weight.shape)}, must be ({head.out_features}, {head.in_features}): it is "
@@ -337,11 +342,6 @@ def _head(model: Any) -> nn.Linear:
             "give KDConfig(whole_logits=True)"
         )
     return head
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """Of an FSDP2 shard, gathered."""
-    return parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
 
 
 def _base(model: Any) -> Any:

@@ -13,8 +13,3 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     is_test = collection_path.name.startswith("test_") and collection_path.name not in ANYWHERE
     return True if is_test and config.getoption("markexpr") != "integration" else None
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("integration"):  # frameworks warn of what is not ours to change
-            item.add_marker(pytest.mark.filterwarnings("default"))

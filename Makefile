@@ -1,9 +1,10 @@
-# Everything runs in .venv, which the first target makes. ARGS are options of the demo or of the benchmark, as in
+# Everything runs in .venv, which the first target makes; what needs the training frameworks, in .venv-integrations. ARGS are options of the demo or of the benchmark, as in
 # make demo ARGS=--quick
 VENV ?= .venv
 BIN := $(VENV)/bin
+INTEGRATIONS := $(VENV)-integrations
 
-.PHONY: install test lint demo bench bench-record docs dist smoke clean
+.PHONY: install test test-integrations lint demo bench bench-record bench-integrations docs dist smoke clean
 
 install: $(VENV)/.dev
 
@@ -24,6 +25,17 @@ $(VENV)/.demo: export FASTKD_CUDA_ARCHS ?= none
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# The frameworks at the versions of their constraints, where the CUDA part is not needed.
+$(INTEGRATIONS)/.installed: pyproject.toml setup.py tests/integrations/constraints.txt $(wildcard csrc/* csrc/*/*)
+	test -x $(INTEGRATIONS)/bin/python || python3 -m venv $(INTEGRATIONS)
+	$(INTEGRATIONS)/bin/pip install --quiet --upgrade pip
+	FASTKD_CUDA_ARCHS=none $(INTEGRATIONS)/bin/pip install --quiet --editable ".[integrations]" \
+		--constraint tests/integrations/constraints.txt
+	touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pytest -m integration -W default -q tests/integrations
 
 lint: install
 	$(BIN)/ruff check .
@@ -47,6 +59,10 @@ bench-record: install
 	done
 	$(BIN)/python -m fastkd.bench.docs
 
+bench-integrations: install $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m fastkd.bench.integrations --out benchmarks/results/integrations.json
+	$(BIN)/python -m fastkd.bench.docs
+
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 	@echo "build/docs/index.html"
@@ -68,4 +84,4 @@ smoke:
 	cd build && FASTKD_REQUIRE=cpu smoke/bin/python ../tests/smoke.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info

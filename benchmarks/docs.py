@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cache, cost, cost_triton, normalisation, summary, tails
+from fastkd.bench import accuracy, cache, cost, cost_triton, integrations, normalisation, summary, tails
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,6 +39,8 @@ def blocks() -> dict[str, str]:
     texts["tails"] = f"{summary.machine_line(learned['machine'])}\n\n{table(tails.table(learned))}"
     texts["layers"] = layers_learned(json.loads((RESULTS / "demo-layers.json").read_text()))
     texts["normalisation"] = table(normalisation.table())
+    recorded = RESULTS / "integrations.json"
+    texts["integrations"] = steps(json.loads(recorded.read_text())) if recorded.exists() else MISSING
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     fills = cost.fills_table(cost.recorded())
@@ -86,6 +88,10 @@ def layers_learned(results: dict[str, Any]) -> str:
         span = f"{min(finals):.3f} to {max(finals):.3f}" if len(finals) > 1 else ""
         lines.append([name, f"{statistics.mean(finals):.3f}", span])
     return f"{results['device']} · {versions}\n\n{table(lines)}"
+
+
+def steps(results: dict[str, Any]) -> str:
+    return f"{summary.machine_line(results['machine'])}\n\n{table(integrations.table(results))}"
 
 
 def table(lines: list[list[str]]) -> str:

@@ -28,7 +28,9 @@ def make_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Windows of the standard library to train on, and others; of the first quarter nothing is to be learnt."""
     library = Path(sysconfig.get_paths()["stdlib"])
     data = b"".join(path.read_bytes() for path in sorted(library.glob("*.py"))[:80])
-    windows = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()[: len(data) // LENGTH * LENGTH].view(-1, LENGTH)
+    windows = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8).long()[: len(data) // LENGTH * LENGTH].view(-1, LENGTH)
+    )
     labels = windows.clone()
     labels[:, : LENGTH // 4] = -100
     rows = [{"input_ids": ids, "labels": own} for ids, own in zip(windows, labels, strict=True)]
@@ -40,8 +42,8 @@ def make_model(width: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=LENGTH, pad_token_id=None, bos_token_id=0, eos_token_id=0,
+            vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=LENGTH, pad_token_id=None, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Generalised knowledge distillation with TRL's GKDTrainer: a student that is told what the teacher thinks of what it says.
+"""Generalised knowledge distillation with TRL: a student hears what the teacher thinks of what it says.
 
     pip install fastkd[trl]
     python examples/trl_gkd.py
@@ -24,7 +24,7 @@ from trl.experimental.gkd import GKDConfig
 
 from fastkd.integrations.trl import GKDTrainer  # changed: it was TRL's
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SAID = 3
 
 
@@ -33,7 +33,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", "backwards:", *WORDS])}
     splitter = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=splitter, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
     return tokenizer
 
@@ -79,7 +81,9 @@ def share_right(model: LlamaForCausalLM, tokenizer: Any, rows: Dataset) -> float
     model.eval()
     asked = [row["messages"][0]["content"] for row in rows]
     ids = tokenizer(asked, return_tensors="pt")["input_ids"]
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAID, min_new_tokens=SAID, do_sample=False)
+    said = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAID, min_new_tokens=SAID, do_sample=False
+    )
     return (said[:, -SAID:] == ids[:, :SAID].flip(1)).float().mean().item()
 
 
@@ -95,8 +99,8 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         args = GKDConfig(
             folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3, lmbda=0.5, beta=0.5,
-            temperature=1.0, max_length=32, max_new_tokens=SAID + 1, logging_steps=max(steps // 4, 1), save_strategy="no",
-            report_to=[], disable_tqdm=True, use_cpu=True, bf16=False,
+            temperature=1.0, max_length=32, max_new_tokens=SAID + 1, logging_steps=max(steps // 4, 1),
+            save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, bf16=False,
         )  # fmt: skip
         trainer = GKDTrainer(student, teacher, args, train_dataset=rows, processing_class=tokenizer)
         start = time.perf_counter()

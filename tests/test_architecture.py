@@ -18,6 +18,7 @@ LAYERS = (
     ("__main__",),
     ("demo",),
     ("cache",),
+    ("integrations",),
     ("__init__",),
     ("hidden", "teachers", "distributed"),
     ("layers",),
@@ -38,7 +39,7 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Folders whose modules may import one another. Those of `backends` share only what begins with an underscore.
-FOLDERS = ("kernels", "demo", "cache")
+FOLDERS = ("kernels", "demo", "cache", "integrations")
 SHARED = "backends._"
 
 
@@ -68,6 +69,14 @@ def imports(path: Path) -> Iterator[str]:
             if package == "fastkd":
                 is_module = rest.partition(".")[0] in LEVEL
                 yield rest if is_module else "__init__"
+
+
+def external(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def strings(path: Path) -> Iterator[str]:
@@ -103,6 +112,17 @@ def test_imports_go_one_way(module: str) -> None:
         assert inside or LEVEL[imported.partition(".")[0]] > LEVEL[top], f"{module} imports {imported}"
 
 
+def test_integrations_use_what_is_public_and_a_framework_each() -> None:
+    """Which nothing else imports."""
+    frameworks = {"transformers", "trl", "torchtune", "lightning", "modelopt"}
+    for module, path in SOURCES.items():
+        top, _, own = module.partition(".")
+        if top == "integrations":
+            assert all(name == "__init__" or name.startswith("integrations") for name in imports(path)), module
+        found = {name.partition(".")[0] for name in external(path)} & frameworks
+        assert found <= ({own} if top == "integrations" else set()), module
+
+
 def test_only_dispatch_names_backends() -> None:
     """Each is a module's name there, and nothing else imports one or asks for one."""
     modules = {name for name in SOURCES if name.startswith("backends.") and not name.startswith(SHARED)}
@@ -125,7 +145,7 @@ def test_only_divergences_names_divergences() -> None:
     family = re.compile("forward_?kl|reverse_?kl|jsd|jensen|skew|tvd", re.IGNORECASE)
     for module, path in SOURCES.items():
         top = module.partition(".")[0]
-        if top in ("divergences", "__init__", "__main__", "demo"):
+        if top in ("divergences", "__init__", "__main__", "demo", "integrations"):
             continue
         words = set(strings(path)) | set(identifiers(path))
         if module in ("functional", "modules"):

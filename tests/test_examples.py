@@ -87,3 +87,10 @@ def test_tensor_parallel(ranks: int) -> None:
     assert len(alone) == 4
     together = losses("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone")
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    found = example("plain_loop").main(["--steps", "2"])
+    printed = capsys.readouterr().out
+    assert len(found) == 3
+    assert all(f"{who}: {bits:.3f} bits a byte" in printed for who, bits in found.items())

@@ -35,16 +35,18 @@ class LogitsDistillationLoss(_Loss):
         )
 
     def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
-        return self.loss_fn(logits_s, logits_t)  # type: ignore[no-any-return]
+        return self.loss_fn(logits_s, logits_t)
 
 
 class KDTrainer(huggingface.KDTrainer):
     """ModelOpt's trainer with this criterion on the logits as they are, neither cast nor copied.
 
-    The labels that count are those of ModelOpt, those that are not −100. Where the Trainer counts the items of all
-    micro-batches of a step, the loss is divided by that, as the Trainer expects: ModelOpt's is the mean of each, so that
-    its gradient is ``gradient_accumulation_steps`` times too large. Not for ``use_liger_kernel``, whose loss is Liger's.
+    Labels of -100 do not count. Where the Trainer counts the items of all micro-batches of a step, the loss is divided
+    by that, as the Trainer expects: ModelOpt's is the mean of each, so that its gradient is
+    ``gradient_accumulation_steps`` times too large. With ``use_liger_kernel`` the loss is Liger's, and ModelOpt's own.
     """
+
+    _last_teacher_outputs: Any
 
     def _standard_kd_loss(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any

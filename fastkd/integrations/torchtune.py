@@ -21,16 +21,16 @@ from fastkd import Divergence
 
 
 class _KLLoss(nn.Module):
-    """Logits ``(..., V)`` and labels ``(...)``; ``normalize``: by the number of labels that are not ``ignore_index``."""
+    """Logits ``(..., V)``, labels ``(...)``; ``normalize``: by the number of those that are not ``ignore_index``."""
 
     def __init__(self, divergence: str | Divergence, ignore_index: int) -> None:
         super().__init__()
         self.divergence, self.ignore_index = divergence, ignore_index
 
-    def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True
-    ) -> Tensor:
-        return self.rows(student_logits, teacher_logits, labels, (labels != self.ignore_index).sum() if normalize else 1)
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
+        return self.rows(
+            student_logits, teacher_logits, labels, (labels != self.ignore_index).sum() if normalize else 1
+        )
 
     def rows(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: Tensor | int) -> Tensor:
         return fastkd.kd_loss(
@@ -84,7 +84,7 @@ class _Chunked(nn.Module):
         self.num_output_chunks, self.ignore_index, self.loss = num_output_chunks, loss.ignore_index, loss
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        parts = labels.split([chunk.shape[1] for chunk in student_logits], dim=1)
+        parts = torch.split(labels, [chunk.shape[1] for chunk in student_logits], dim=1)
         num_items = (labels != self.ignore_index).sum()
         losses = [
             self.loss.rows(student, teacher, part, num_items)

@@ -1,4 +1,4 @@
-"""Hugging Face Transformers: a ``Trainer`` that distils from hidden states, and the loss of one for ``Trainer`` itself."""
+"""Hugging Face Transformers: a ``Trainer`` that distils from hidden states, and a loss for ``Trainer`` itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-import fastkd
 from fastkd import HiddenLoss, KDLoss, LinearLogits, TopK
 
 if TYPE_CHECKING:
@@ -338,8 +337,7 @@ def _head(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise TypeError(
-            f"{type(model).__name__}: got a head of type {type(head).__name__}, must be nn.Linear; "
-            "give KDConfig(whole_logits=True)"
+            f"{type(model).__name__}: got the head {type(head)}, must be nn.Linear; give KDConfig(whole_logits=True)"
         )
     return head
 

@@ -126,7 +126,9 @@ class DistillationTrainer(_DistillationTrainer):
         self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Of prompts and completions together; what else there is goes where the method has a name for it.
-        both = {name: torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask")}
+        both = {
+            name: torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask")
+        }
         known = inspect.signature(self._get_last_hidden_state).parameters
         arguments = {
             "input_ids": both["ids"],

@@ -1,4 +1,4 @@
-"""The group ``integration`` needs its frameworks' own environment: ``make test-integrations``. Elsewhere it is not read."""
+"""The group ``integration`` needs an environment of its own, ``make test-integrations``; elsewhere it is not read."""
 
 from __future__ import annotations
 
@@ -12,4 +12,3 @@ ANYWHERE = ("test_bert.py", "test_torch.py")
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     is_test = collection_path.name.startswith("test_") and collection_path.name not in ANYWHERE
     return True if is_test and config.getoption("markexpr") != "integration" else None
-

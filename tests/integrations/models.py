@@ -17,8 +17,9 @@ def llama(width: int, seed: int, vocab: int = VOCAB, **config: Any) -> Any:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=2 * width,
-            max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config,
+            vocab_size=vocab, hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=2 * width, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, **config,
         )
     )  # fmt: skip
 

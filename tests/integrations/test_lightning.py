@@ -43,7 +43,12 @@ def module(**settings: Any) -> KDModule:
 
 
 def trainer(folder: Path, **given: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     return Trainer(accelerator="cpu", default_root_dir=folder, max_epochs=1, **{**quiet, **given})
 
 

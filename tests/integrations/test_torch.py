@@ -33,7 +33,9 @@ def test_it_is_a_loss_of_pytorch() -> None:
     loss = ours.KLDivLoss(divergence="reverse_kl")
     assert isinstance(loss, _Loss) and loss.reduction == "batchmean"
     student, teacher = torch.randn(4, 9).log_softmax(-1), torch.randn(4, 9).log_softmax(-1)
-    torch.testing.assert_close(loss(student, teacher), F.kl_div(teacher, student, reduction="batchmean", log_target=True))
+    torch.testing.assert_close(
+        loss(student, teacher), F.kl_div(teacher, student, reduction="batchmean", log_target=True)
+    )
     student[:, 3] = teacher[:, 3] = -torch.inf
     assert loss(student, teacher).isfinite()
 

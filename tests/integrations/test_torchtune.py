@@ -21,9 +21,7 @@ B, S, V = 2, 12, 50
 
 def component(name: str, **arguments: Any) -> Any:
     """As a recipe makes it of its YAML."""
-    return config.instantiate(
-        OmegaConf.create({"_component_": f"fastkd.integrations.torchtune.{name}", **arguments})
-    )
+    return config.instantiate(OmegaConf.create({"_component_": f"fastkd.integrations.torchtune.{name}", **arguments}))
 
 
 def ratios(name: str) -> list[dict[str, float]]:
@@ -114,7 +112,8 @@ def test_a_recipe_step(batch: tuple[Tensor, Tensor, Tensor]) -> None:
 
     torch.manual_seed(0)
     student, teacher = (
-        llama3(vocab_size=V, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=width, max_seq_len=32) for width in (16, 32)
+        llama3(vocab_size=V, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=width, max_seq_len=32)
+        for width in (16, 32)
     )
     tokens, labels = torch.randint(V, (B, S)), batch[2]
     for model in (student, teacher):

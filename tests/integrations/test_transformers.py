@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +162,7 @@ def test_padded_vocabularies(tmp_path: Path, whole: bool) -> None:
     trainer = KDTrainer(
         student, arguments(tmp_path), teacher=teacher, kd_config=KDConfig(**settings), train_dataset=rows()
     )
-    with pytest.raises(ValueError, match="vocabulary of 256, student_logits has 224.*vocab_size"):
+    with pytest.raises(ValueError, match=r"vocabulary of 256, student_logits has 224.*vocab_size"):
         trainer.train()
 
 
@@ -213,7 +217,7 @@ def test_hidden_layers(tmp_path: Path, given: dict[str, Any]) -> None:
     check_steps(trained[1], trained[0])
     assert trained[1][1]["projections.projections.0.weight"].norm() > 1e-3
     assert "hidden_loss" in trainer.state.log_history[0]
-    with pytest.raises(ValueError, match="student.projections = hidden_loss"):
+    with pytest.raises(ValueError, match=r"student.projections = hidden_loss"):
         ours(tmp_path, hidden_loss=fastkd.HiddenLoss([(1, 1)], 16, 32))
 
 
@@ -245,8 +249,9 @@ def bert(width: int, seed: int) -> Any:
     torch.manual_seed(seed)
     return BertForMaskedLM(
         BertConfig(
-            vocab_size=VOCAB, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=2 * width,
-            max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3,
+            vocab_size=VOCAB, hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=2 * width, max_position_embeddings=16, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=0.3,
         )
     )  # fmt: skip
 
@@ -257,7 +262,9 @@ def test_a_masked_language_model_is_not_shifted(tmp_path: Path, monkeypatch: pyt
     by_hand = step(ByHand(bert(16, 1), arguments(tmp_path), teacher=bert(32, 2), train_dataset=rows()))
     for given in ({}, ACCUMULATED):
         args = arguments(tmp_path, **given)
-        check_steps(step(KDTrainer(bert(16, 1), args, teacher=bert(32, 2), kd_config=CONFIG, train_dataset=rows())), by_hand)
+        check_steps(
+            step(KDTrainer(bert(16, 1), args, teacher=bert(32, 2), kd_config=CONFIG, train_dataset=rows())), by_hand
+        )
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Cohere", "Granite"])
@@ -291,6 +298,49 @@ def test_a_head_that_is_not_what_its_config_says(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_compiled(tmp_path: Path, expected: tuple[float, dict[str, Tensor]]) -> None:
+    """The head gives one position in training, and all of them where metrics want them."""
+    trainer = ours(tmp_path, given={"torch_compile": True, "torch_compile_backend": "aot_eager"}, eval_dataset=rows())
+    check_steps(step(trainer), expected)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.compute_metrics = lambda predictions: {"shape": predictions.predictions.shape[-2]}
+    after = trainer.evaluate()
+    assert after["eval_shape"] == 12 and after["eval_loss"] == pytest.approx(before, rel=1e-5)
+
+
+def test_adapters(tmp_path: Path, expected: tuple[float, dict[str, Tensor]]) -> None:
+    """LoRA on the layers learns alone; on the head it is refused, whose matrix is then not what multiplies."""
+    from peft import LoraConfig, get_peft_model
+
+    def student(*targets: str) -> Any:
+        return get_peft_model(llama(16, seed=1), LoraConfig(r=4, target_modules=list(targets)))
+
+    settings: Any = {"teacher": llama(32, seed=2), "kd_config": CONFIG, "train_dataset": rows()}
+    loss, taken = step(KDTrainer(student("q_proj", "v_proj"), arguments(tmp_path, **ACCUMULATED), **settings))
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    assert {"lora_B" in name for name, change in taken.items() if change.any()} == {True}
+    with pytest.raises(TypeError, match=r"peft.*Linear'>, must be nn.Linear"):
+        KDTrainer(student("lm_head"), arguments(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_two_processes(tmp_path: Path, expected: tuple[float, dict[str, Tensor]], accumulated: int) -> None:
+    """DDP, each rank with another number of labels, takes the step of one process; and the terms are all ranks'."""
+    given = {"per_device_train_batch_size": 4 // accumulated, "gradient_accumulation_steps": accumulated}
+    script = [str(Path(__file__).with_name("ranks.py")), str(tmp_path), json.dumps(given)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run(
+        [*torchrun, *script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found, evaluated = torch.load(tmp_path / "found.pt")
+    check_steps(found, expected)
+    trainer = ours(tmp_path, eval_dataset=rows())
+    step(trainer)
+    alone = trainer.evaluate()
+    assert evaluated == pytest.approx({name: alone[name] for name in evaluated}, rel=1e-4)
+
+
 def test_linear_logits() -> None:
     model = llama(16, 1)
     ids = rows()[0]["input_ids"][None]
@@ -314,11 +364,11 @@ def test_config_is_read_from_a_command_line() -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="KDConfig.label_smoothing"):
+    with pytest.raises(ValueError, match=r"KDConfig.label_smoothing"):
         ours(tmp_path, given={"label_smoothing_factor": 0.1})
     student, teacher = models()
     teacher.set_output_embeddings(nn.Sequential(nn.Linear(32, VOCAB)))
-    with pytest.raises(TypeError, match="Sequential, must be nn.Linear; give KDConfig.whole_logits=True"):
+    with pytest.raises(TypeError, match=r"Sequential.*, must be nn.Linear; give KDConfig.whole_logits=True"):
         KDTrainer(student, arguments(tmp_path), teacher=teacher, kd_config=CONFIG, train_dataset=rows())
     unlabelled = [{"input_ids": row["input_ids"]} for row in rows()]
     trainer = ours(tmp_path)

@@ -67,7 +67,7 @@ def test_generalized_jsd_loss_without_labels_that_count() -> None:
 
 def test_elementwise_values_are_refused() -> None:
     logits = torch.randn(B, S, V)
-    with pytest.raises(ValueError, match="reduction: got 'none', must be .* elementwise values are never there"):
+    with pytest.raises(ValueError, match=r"reduction: got 'none', must be .* elementwise values are never there"):
         ours.generalized_jsd_loss(logits, logits, reduction="none")
 
 

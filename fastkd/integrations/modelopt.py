@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from modelopt.torch.distill.plugins import huggingface
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,11 +53,13 @@ class KDTrainer(huggingface.KDTrainer):
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
     ) -> Tensor:
         teacher_logits, self._last_teacher_outputs = self._last_teacher_outputs.logits, None
-        mask = None if labels is None else F.pad(labels[..., 1:], (0, 1), value=huggingface.IGNORE_INDEX) != -100
+        if labels is None:  # all that have a next token
+            labels = torch.zeros(teacher_logits.shape[:-1], dtype=torch.int64, device=teacher_logits.device)
+        labels = F.pad(labels[..., 1:], (0, 1), value=huggingface.IGNORE_INDEX)
         loss = fastkd.kd_loss(
             outputs.logits,
             teacher_logits,
-            mask=mask,
+            mask=labels != huggingface.IGNORE_INDEX,
             temperature=self._kd_criterion._temperature,
             num_items=num_items_in_batch,
         )

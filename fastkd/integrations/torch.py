@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 import fastkd
-from fastkd import Divergence
 
 
 class KLDivLoss(_Loss):
@@ -21,7 +20,6 @@ class KLDivLoss(_Loss):
             which is the number of rows where logits are ``(N, V)``, and only there. ``"mean"``: by the number of
             elements, N·V, and so about V times too little. ``"sum"``. Not ``"none"``, whose elements are never there.
         temperature: T > 0.
-        divergence: as for :func:`fastkd.kd_loss`; forward KL is PyTorch's.
 
     Shapes:
         input ``(..., V)``: the student's logits; target ``(..., V)``: the teacher's, which get no gradient.
@@ -37,22 +35,14 @@ class KLDivLoss(_Loss):
         1.2806
     """
 
-    def __init__(
-        self,
-        reduction: str = "batchmean",
-        *,
-        temperature: float = 1.0,
-        divergence: str | Divergence = "forward_kl",
-    ) -> None:
+    def __init__(self, reduction: str = "batchmean", *, temperature: float = 1.0) -> None:
         super().__init__(reduction=reduction)
         if reduction not in ("batchmean", "mean", "sum"):
             raise ValueError(
                 f"reduction: got {reduction!r}, must be 'batchmean', 'mean' or 'sum'; "
                 "fastkd.kd_loss(..., reduction='none') gives the loss of each row"
             )
-        self.loss_fn = fastkd.KDLoss(
-            temperature=temperature, divergence=divergence, reduction="sum" if reduction == "sum" else "mean"
-        )
+        self.loss_fn = fastkd.KDLoss(temperature=temperature, reduction="sum" if reduction == "sum" else "mean")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         items = {"batchmean": input.shape[0], "mean": input.numel(), "sum": None}[self.reduction]

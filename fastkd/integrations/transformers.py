@@ -150,6 +150,8 @@ class kd_loss_func:
         """``student_logits`` instead of those in the outputs, and ``teacher_logits`` instead of the teacher's."""
         if labels is None:
             raise ValueError(f"labels: got None, must say which rows count (the others are {IGNORED})")
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.reshape(())
         inputs, self._inputs = self._inputs, {}
         if not inputs:
             raise RuntimeError("kd_loss_func: the student that it was made for has not run")
@@ -169,9 +171,9 @@ class kd_loss_func:
         if self.hidden_loss is not None:
             if states is None:
                 raise ValueError("hidden_loss: a teacher that is a TopK has no hidden states")
-            hidden = self.hidden_loss(outputs.hidden_states, states, mask=counts, num_items=self.count)
-            items = self.count if num_items_in_batch is None else num_items_in_batch
-            loss = loss + self.hidden_weight * hidden * (self.count / items)
+            hidden = self.hidden_loss(outputs.hidden_states, states, mask=counts)
+            share = 1.0 if num_items_in_batch is None else self.count / num_items_in_batch
+            loss = loss + hidden * (self.hidden_weight * share)
             self.parts["hidden_loss"] = hidden.detach()
         return loss  # type: ignore[no-any-return]
 

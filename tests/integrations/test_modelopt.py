@@ -89,6 +89,19 @@ def test_a_step_of_the_trainer(tmp_path: Path) -> None:
     assert theirs.norm() > 2.5 * expected[1]["lm_head.weight"].norm()
 
 
+def test_rows_without_labels(tmp_path: Path) -> None:
+    """All count that have a next token."""
+    unlabelled = {name: torch.stack([row[name] for row in rows()]) for name in ("input_ids", "attention_mask")}
+    losses = []
+    for cls in (ours.KDTrainer, TheirKDTrainer):
+        made = trainer(cls, tmp_path)
+        losses.append((made.compute_loss(made.model.train(), unlabelled), made.model.lm_head.weight))
+    (loss, weight), (expected, other) = losses
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    grads = torch.autograd.grad(loss, weight) + torch.autograd.grad(expected, other)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
+
+
 def test_evaluation(tmp_path: Path) -> None:
     found = [trainer(cls, tmp_path).evaluate() for cls in (TheirKDTrainer, ours.KDTrainer)]
     for name in ("eval_loss", "eval_ce_loss"):

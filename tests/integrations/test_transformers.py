@@ -323,22 +323,31 @@ def test_adapters(tmp_path: Path, expected: tuple[float, dict[str, Tensor]]) -> 
         KDTrainer(student("lm_head"), arguments(tmp_path), **settings)
 
 
+def torchrun(script: str, *arguments: str) -> None:
+    """On two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(Path(__file__).with_name(script)), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_two_processes(tmp_path: Path, expected: tuple[float, dict[str, Tensor]], accumulated: int) -> None:
     """DDP, each rank with another number of labels, takes the step of one process; and the terms are all ranks'."""
     given = {"per_device_train_batch_size": 4 // accumulated, "gradient_accumulation_steps": accumulated}
-    script = [str(Path(__file__).with_name("ranks.py")), str(tmp_path), json.dumps(given)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*torchrun, *script], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    torchrun("ranks.py", str(tmp_path), json.dumps(given))
     found, evaluated = torch.load(tmp_path / "found.pt")
     check_steps(found, expected)
     trainer = ours(tmp_path, eval_dataset=rows())
     step(trainer)
     alone = trainer.evaluate()
     assert evaluated == pytest.approx({name: alone[name] for name in evaluated}, rel=1e-4)
+
+
+def test_sharded_models(tmp_path: Path, expected: tuple[float, dict[str, Tensor]]) -> None:
+    """By FSDP2, heads and all: the step of whole ones."""
+    torchrun("sharded.py", str(tmp_path))
+    check_steps(torch.load(tmp_path / "found.pt"), expected)
 
 
 def test_linear_logits() -> None:

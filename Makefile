@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the first target makes; what needs the training frameworks, in .venv-integrations. ARGS are options of the demo or of the benchmark, as in
+# Everything runs in .venv, which the first target makes; what needs the training frameworks, in .venv-integrations.
+# ARGS are options of the demo or of the benchmark, as in
 # make demo ARGS=--quick
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ $(INTEGRATIONS)/.installed: pyproject.toml setup.py tests/integrations/constrain
 	test -x $(INTEGRATIONS)/bin/python || python3 -m venv $(INTEGRATIONS)
 	$(INTEGRATIONS)/bin/pip install --quiet --upgrade pip
 	FASTKD_CUDA_ARCHS=none FASTKD_REQUIRE= $(INTEGRATIONS)/bin/pip install --quiet --editable ".[integrations]" \
-		--constraint tests/integrations/constraints.txt
+	    --constraint tests/integrations/constraints.txt
 	touch $@
 
 test-integrations: $(INTEGRATIONS)/.installed

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cache, cost, cost_triton, summary
+from fastkd.bench import accuracy, builds, cache, cost, cost_triton, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +34,8 @@ def blocks() -> dict[str, str]:
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
     recorded = RESULTS / "cache.json"
     texts["cache"] = cache_speeds(json.loads(recorded.read_text())) if recorded.exists() else MISSING
+    compared = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("builds-*.json"))]
+    texts["builds"] = "\n".join(map(of_builds, compared)) or MISSING
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     texts["cost"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(cost.table(cost.recorded()))}"
@@ -68,6 +70,13 @@ def full(results: dict[str, Any]) -> str:
 
 def cache_speeds(results: dict[str, Any]) -> str:
     return f"{summary.machine_line(results['machine'])}\n\n{table(cache.table(results))}"
+
+
+def of_builds(results: dict[str, Any]) -> str:
+    return (
+        f"{summary.machine_line(results['machine'])}; the other build: commit {results['other']}\n\n"
+        f"{table(builds.table(results))}"
+    )
 
 
 def table(lines: list[list[str]]) -> str:

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, cache, cost, cost_triton, integrations, normalisation, summary, tails
+from fastkd.bench import accuracy, builds, cache, cost, cost_triton, integrations, normalisation, summary, tails
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +41,8 @@ def blocks() -> dict[str, str]:
     texts["normalisation"] = table(normalisation.table())
     recorded = RESULTS / "integrations.json"
     texts["integrations"] = steps(json.loads(recorded.read_text())) if recorded.exists() else MISSING
+    compared = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("builds-*.json"))]
+    texts["builds"] = "\n".join(map(of_builds, compared)) or MISSING
     predicted = cost_triton.table(cost_triton.recorded())
     texts["cost_triton"] = f"**Predicted, not measured:** ms of {cost.ROWS} rows\n\n{table(predicted)}"
     fills = cost.fills_table(cost.recorded())
@@ -92,6 +94,13 @@ def layers_learned(results: dict[str, Any]) -> str:
 
 def steps(results: dict[str, Any]) -> str:
     return f"{summary.machine_line(results['machine'])}\n\n{table(integrations.table(results))}"
+
+
+def of_builds(results: dict[str, Any]) -> str:
+    return (
+        f"{summary.machine_line(results['machine'])}; the other build: commit {results['other']}\n\n"
+        f"{table(builds.table(results))}"
+    )
 
 
 def table(lines: list[list[str]]) -> str:

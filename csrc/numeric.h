@@ -36,19 +36,18 @@ FASTKD_HD To bit_cast(From from) {
 }
 
 // 2^x for x <= 127; 0 for x < -126.5 (results that would be denormal included). 1 ulp; exact at 0. Keeps a NaN.
-FASTKD_HD float exp2(float x) {
-#ifdef __CUDA_ARCH__
-    return exp2f(x);
-#else
+// Real is float, or a vector of it, and Bits its uint32_t.
+template <class Real, class Bits>
+FASTKD_HD Real exp2_by_polynomial(Real x) {
     // x = n + r with abs(r) <= 1/2. Adding 1.5·2²³ rounds to an integer, which is then in the low bits of the sum;
     // the 127 more make them the biased exponent of 2^n.
     constexpr float kRound = 12582912.0f + 127.0f;
-    const float bounded = x < -127.0f ? -127.0f : x;
-    const float sum = bounded + kRound;
-    const float r = bounded - (sum - kRound);
-    const float scale = bit_cast<float>(bit_cast<uint32_t>(sum) << 23);
+    const Real bounded = x < -127.0f ? Real{} - 127.0f : x;
+    const Real sum = bounded + kRound;
+    const Real r = bounded - (sum - kRound);
+    const Real scale = bit_cast<Real>(bit_cast<Bits>(sum) << 23);
     // Minimax over abs(r) <= 1/2, 2e-9 relative.
-    float p = 0.00015345812f;
+    Real p = Real{} + 0.00015345812f;
     p = p * r + 0.0013399931f;
     p = p * r + 0.0096184890f;
     p = p * r + 0.0555032878f;
@@ -56,6 +55,13 @@ FASTKD_HD float exp2(float x) {
     p = p * r + 0.6931472057f;
     p = p * r + 1.0f;
     return p * scale;
+}
+
+FASTKD_HD float exp2(float x) {
+#ifdef __CUDA_ARCH__
+    return exp2f(x);
+#else
+    return exp2_by_polynomial<float, uint32_t>(x);
 #endif
 }
 
@@ -108,7 +114,7 @@ FASTKD_HD float exp_remainder(float x) {
 // p·x with 0·inf = 0. A product outermost, so that a sum of them is fused.
 template <class Real>
 FASTKD_HD Real mul0(Real p, Real x) {
-    return p * (p == 0 ? 0 : x);
+    return p * (p == Real{} ? Real{} : x);
 }
 
 // The larger one; of a NaN and a number, on a CPU the second, on a GPU the number.

@@ -40,7 +40,7 @@ FASTKD_HD Real moment_of(Real s, Real t, Real x, Real y) {
     if constexpr (kMoment == Moment::kTeacherRatio) return mul0(t, y - x);
     if constexpr (kMoment == Moment::kStudentRatio) return mul0(s, x - y);
     if constexpr (kMoment == Moment::kTeacherLog) return mul0(t, y);
-    return 0;
+    return Real{};
 }
 
 template <class Real>

@@ -166,7 +166,9 @@ class Row {
     void exponentials_of(const Tile& t, int first, int end, float z_shift, float u_shift, float h_shift, int64_t to,
                          ExpSums& sums) const {
         exponentials<kSoft, kHard, kMoment, kSecond>(t.z + first, t.u + first, end - first, z_shift, u_shift, h_shift, k_,
-                                            e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums);
+                                            e_s_ + to + first, e_t_ + to + first, e_h_ + to + first, sums,
+                                            Ahead(z_row_, p_.z.dtype, t.at + first),
+                                            Ahead(u_row_, p_.u.dtype, t.at + first));
     }
 
     void read_normalisers() {

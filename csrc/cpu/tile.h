@@ -5,6 +5,7 @@
 
 #include "../row.h"
 #include "convert.h"
+#include "lanes.h"
 
 namespace fastkd {
 inline namespace FASTKD_ISA {
@@ -14,8 +15,8 @@ constexpr int kTile = 1024;  // columns: six tiles of floats are 24 KB of L1
 // How softmax(z) at temperature 1 comes about: exp(z) = exp(z/T)^T saves an exponential at small integer T.
 enum class Hard : int { kNone = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwn = 5 };
 
-template <int kPower>
-FASTKD_HD float integer_power(float x) {
+template <int kPower, class Real>
+FASTKD_HD Real integer_power(Real x) {
     static_assert(kPower >= 1 && kPower <= 4, "powers 1 to 4");
     if constexpr (kPower == 1) return x;
     if constexpr (kPower == 2) return x * x;
@@ -53,36 +54,43 @@ struct ExpSums {
 //   e_s = exp((z − z_shift)/T), e_t = exp((u − u_shift)/T); e_h = exp(z − h_shift), kept only if it is no power of e_s
 template <bool kSoft, Hard kHard, Moment kMoment, Moment kSecond>
 FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n, float z_shift, float u_shift,
-                                          float h_shift, float k, float* e_s, float* e_t, float* e_h, ExpSums& sums) {
-    float sum_s = 0.0f, sum_t = 0.0f, sum_h = 0.0f, moment = 0.0f, second = 0.0f;
-#pragma omp simd reduction(+ : sum_s, sum_t, sum_h, moment, second)
-    for (int j = 0; j < n; ++j) {
-        const float z_j = z[j] - z_shift;
-        float s = 0.0f;
+                                          float h_shift, float k, float* e_s, float* e_t, float* e_h, ExpSums& sums,
+                                          Ahead next_z, Ahead next_u) {
+    Lanes sum_s = {}, sum_t = {}, sum_h = {}, moment = {}, second = {};
+    const auto add = [&](int j, auto... count) {
+        const Lanes any_z = load(z + j, count...), z_j = any_z - z_shift;
+        Lanes s = {};
         if constexpr (kSoft) {
-            const float u_j = u[j] - u_shift;
+            const Lanes u_j = load(u + j, count...) - u_shift;
             s = exp2(z_j * k);
-            const float t = exp2(u_j * k);
-            e_s[j] = s;
-            e_t[j] = t;
+            const Lanes t = exp2(u_j * k);
+            store(s, count..., e_s + j);
+            store(t, count..., e_t + j);
             sum_s += s;
             sum_t += t;
-            moment += moment_of<kMoment>(s, t, z_j, u_j);
+            if constexpr (kMoment != Moment::kNone) moment += moment_of<kMoment>(s, t, z_j, u_j);
             if constexpr (kSecond != Moment::kNone) second += moment_of<kSecond>(s, t, z_j, u_j);
         }
         if constexpr (kHard == Hard::kOwn) {
-            const float h = exp(z[j] - h_shift);
-            e_h[j] = h;
+            const Lanes h = exp(any_z - h_shift);
+            store(h, count..., e_h + j);
             sum_h += h;
         } else if constexpr (kHard != Hard::kNone) {
             sum_h += integer_power<static_cast<int>(kHard)>(s);
         }
+    };
+    int j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        next_z.fetch();
+        if constexpr (kSoft) next_u.fetch();
+        add(j);
     }
-    sums.s += sum_s;
-    sums.t += sum_t;
-    sums.hard += sum_h;
-    sums.moment += moment;
-    sums.second += second;
+    if (j < n) add(j, n - j);
+    sums.s += sum_of(sum_s);
+    sums.t += sum_of(sum_t);
+    sums.hard += sum_of(sum_h);
+    sums.moment += sum_of(moment);
+    sums.second += sum_of(second);
 }
 
 // What turns a tile's exponentials into probabilities, and the numbers of stages 2 and 3.

@@ -62,6 +62,30 @@ def test_exp2(headers: ctypes.CDLL) -> None:
     assert got[4].isnan()
 
 
+@pytest.mark.parametrize("features", ["", "avx2 fma", "avx2 fma avx512f avx512dq"])
+def test_exp2_of_vectors(features: str, tmp_path: Path) -> None:
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    cpuinfo = Path("/proc/cpuinfo")
+    if missing := set(features.split()) - set(cpuinfo.read_text().split() if cpuinfo.exists() else ()):
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    library = tmp_path / "lanes.so"
+    flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    flags += [f"-m{feature}" for feature in features.split()]
+    subprocess.run([COMPILER, *flags, str(HERE / "lanes.cpp"), "-o", str(library)], check=True)
+    exp2_of = ctypes.CDLL(str(library)).exp2_of
+    x = torch.linspace(-125.9, 127.0, 500_001)
+    assert ulps(elementwise(exp2_of, x), x.double().exp2()) < 1.2
+    near = -torch.logspace(-45, 0, 50_001)
+    assert ulps(elementwise(exp2_of, near), near.double().exp2()) < 1.2
+    special = torch.tensor([0.0, -0.0, -1e30, -torch.inf, torch.nan, -127.0, -150.0])
+    got = elementwise(exp2_of, special)
+    torch.testing.assert_close(got[:2], torch.ones(2), rtol=2e-7, atol=0)
+    assert got[2:4].tolist() == [0.0, 0.0]
+    assert got[4].isnan()
+    assert (got[5:] <= 2.0**-126).all()
+
+
 def test_log1p(headers: ctypes.CDLL) -> None:
     small = torch.logspace(-30, 0, 100_001, dtype=torch.float64).float()
     x = torch.cat([small, -small[small < 0.5], torch.linspace(-0.5, 1.0, 100_001)])

@@ -170,8 +170,8 @@ def kd_loss(
             are this rank's columns: as many on each, in the order of the ranks, with ``vocab_size`` saying how many of
             the whole are tokens. Labels, masks and weights are the same on every rank, and ids those of the whole. So
             is the loss; a gradient is this rank's part of the whole one, and that of hidden states whole. Not given
-            with ``DTensor``s, whose placements say it; then loss and gradients are ``DTensor``s too, and the mean is
-            over the global tensor.
+            with a ``DTensor``, whose placements say it; then loss and gradients are of that type too, and the mean
+            is over the global tensor.
 
     Raises:
         ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.

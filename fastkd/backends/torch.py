@@ -83,13 +83,15 @@ def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
         z, of_chunk = chunk.student, stats[at]
         exps = _exps(z, of_chunk[:, PEAK_STUDENT, None], spec.temperature)
         columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
+        # Terms are >= 0: where those of the slice are not small, neither is the value.
         if spec.formula == Formula.TOTAL_VARIATION:
-            difference = _difference(columns)
+            difference = columns.p_t - columns.p_s
+            if not z.is_cpu or bool((0.5 * difference.abs().sum(-1) < NEAR).any()):
+                difference = _difference(columns)
             above, below = _sides(columns)
             parts = 0.5 * difference.abs(), above, difference, below
         else:
             parts = _far(spec, columns) * 2
-            # Terms are >= 0: where those of the slice are not small, neither is the value.
             if not z.is_cpu or bool((parts[0].sum(-1) < NEAR * (spec.c_t + spec.c_s)).any()):
                 parts = *parts[:2], *_near(spec, columns)
         torch.stack([part.sum(-1) for part in parts], -1, out=sums[at])

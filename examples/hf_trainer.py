@@ -1,6 +1,6 @@
 """Distillation with a Trainer of Hugging Face's: of a Llama, into one of half its width, on Python's own sources.
 
-    pip install fastkd[transformers]
+    pip install -e ".[transformers]"
     python examples/hf_trainer.py
 
 Both models are made from a configuration, and read bytes: nothing is downloaded. The lines that a user of ``Trainer``

@@ -1,6 +1,6 @@
 """Distillation with Lightning, over accumulated batches of unequal size.
 
-    pip install fastkd[lightning]
+    pip install -e ".[lightning]"
     python examples/lightning_module.py
 
 A small network learns to say which byte comes after 12 others in Python's own sources: once from the text, once also

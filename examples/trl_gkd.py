@@ -1,6 +1,6 @@
 """Generalised knowledge distillation with TRL: a student hears what the teacher thinks of what it says.
 
-    pip install fastkd[trl]
+    pip install -e ".[trl]"
     python examples/trl_gkd.py
 
 The task is to say a few words backwards. Models and tokenizer are made here: nothing is downloaded. The line that a

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from fastkd.bench import accuracy, builds, cache, cost, cost_triton, integrations, normalisation, summary, tails
+from fastkd.bench import accuracy, builds, cache, cost, cost_triton, integrations, normalisation, slices, summary, tails
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +41,9 @@ def blocks() -> dict[str, str]:
     texts["normalisation"] = table(normalisation.table())
     recorded = RESULTS / "integrations.json"
     texts["integrations"] = steps(json.loads(recorded.read_text())) if recorded.exists() else MISSING
+    sliced = json.loads((RESULTS / "slices.json").read_text())
+    tables = "\n".join(map(table, slices.tables(sliced)))
+    texts["slices"] = f"{summary.machine_line(sliced['machine'])}\n\n{tables}"
     compared = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("builds-*.json"))]
     texts["builds"] = "\n".join(map(of_builds, compared)) or MISSING
     predicted = cost_triton.table(cost_triton.recorded())

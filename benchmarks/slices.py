@@ -92,6 +92,18 @@ def times(
     return found
 
 
+def tables(results: dict[str, Any]) -> list[list[list[str]]]:
+    """What is sent of a row, and the times."""
+    sent = [["", "bytes a row and rank, message by message"]]
+    for name, sizes in results["bytes"].items():
+        sent.append([name, " + ".join(f"{size:.0f}" for size in sizes)])
+    lines = [["backend, divergence", "whole", "one slice", "x"]]
+    for name, samples in results["times"].items():
+        whole, sliced = (statistics.median(samples[key]) for key in ("whole", "one slice"))
+        lines.append([name, f"{whole * 1e3:.1f} ms", f"{sliced * 1e3:.1f} ms", f"{sliced / whole:.2f}"])
+    return [sent, lines]
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m fastkd.bench.slices", description=__doc__.partition(":")[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -112,11 +124,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
     finally:
         distributed.destroy_process_group()
-    for name, sizes in results["bytes"].items():
-        print(f"{name:32}{' + '.join(f'{size:.1f}' for size in sizes)} bytes a row", flush=True)
-    for name, samples in results["times"].items():
-        whole, sliced = (statistics.median(samples[key]) for key in ("whole", "one slice"))
-        print(f"{name:32}{whole * 1e3:8.1f} ms{sliced * 1e3:8.1f} ms{sliced / whole:8.2f} x", flush=True)
+    for lines in tables(results):
+        for cells in lines:
+            print(f"{cells[0]:32}" + "".join(f"{cell:>24}" for cell in cells[1:]), flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     return results

@@ -157,7 +157,7 @@ def rounding(backend: str, rows: int = 256, columns: int = 32000) -> dict[str, A
     return {
         name: {
             "norm": float((found[name] - exact_grad).norm() / exact_grad.norm()),
-            "seconds": statistics.median(seconds[name]),
+            "seconds": statistics.median(seconds[name]["seconds"]),
         }
         for name in ways
     }

@@ -246,7 +246,7 @@ def test_near_convergence(simt: Simt, member: Divergence) -> None:
     rows.teacher.copy_(rows.student + 1e-3 * torch.randn_like(rows.student))
     exact = Rows(*(None if t is None else t.double() for t in rows))
     spec, expected, outputs = spec_of(member, 1.0, 1500), torch.empty(2).double(), outputs_for(rows, grad=True)
-    reference.kd_rows(exact, spec, torch.empty(2).double(), expected, torch.empty(0), None)
+    reference.kd_rows(exact, spec, torch.empty(2).double(), expected, torch.empty(2, NUM_STATS).double(), None)
     simt.kd_rows(rows, spec, outputs, Grid(2, True))
     assert (outputs["soft"] >= 0).all()
     torch.testing.assert_close(outputs["soft"].double(), expected, rtol=1e-3, atol=0)

@@ -75,9 +75,12 @@ def _gpu(device: int) -> Gpu:
     return Gpu(target.arch, target.warp_size, properties.multi_processor_count, cache)
 
 
-def is_heavy(gpu: Gpu, mix: Mix, peel: bool) -> bool:
-    """Whether the row kernel spills at MAX_REGISTERS: a true mixture whose rows are unaligned, or on Blackwell."""
-    return mix == Mix.BOTH and (peel or (gpu.is_nvidia and gpu.arch >= 100))
+def is_heavy(gpu: Gpu, mix: Mix, peel: bool, two_moments: bool) -> bool:
+    """Whether the row kernel spills at MAX_REGISTERS.
+
+    So does a divergence of two moments, and a true mixture whose rows are unaligned, or on Blackwell.
+    """
+    return two_moments or (mix == Mix.BOTH and (peel or (gpu.is_nvidia and gpu.arch >= 100)))
 
 
 def launch_options(gpu: Gpu, columns: int, vec: int, heavy: bool = False) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from fastkd.kernels.divergence import (
     FAR,
     MIX_BOTH,
     MIX_TEACHER,
+    MOMENT_BOTH,
     MOMENT_NONE,
     NEAR,
     TOTAL_VARIATION,
@@ -493,7 +494,8 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     inputs = (inner, *row_strides(z), *row_strides(u))
     with device_of(z):
         if hard is not None and slices == 1:
-            options = launch_options(gpu, columns, tiles["VEC"], is_heavy(gpu, mix, tiles["PEEL"]))
+            heavy = is_heavy(gpu, mix, tiles["PEEL"], kind["MOMENT"] == MOMENT_BOTH)
+            options = launch_options(gpu, columns, tiles["VEC"], heavy)
             row_bytes = columns * (z.element_size() + (0 if u is None else u.element_size()))
             least = LEAST_SHARE_OF_THREE if kind["MOMENT"] == MOMENT_NONE else LEAST_SHARE
             kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"], least),)](

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from fastkd._request import HiddenKind, Mix, RowSpec
 from fastkd.divergences import JSD, NAMED, Divergence, SymmetricKL
 from fastkd.kernels import config, log_softmax
-from fastkd.kernels.divergence import MOMENT_NONE, moment_rule
+from fastkd.kernels.divergence import MOMENT_BOTH, MOMENT_NONE, moment_rule
 from fastkd.kernels.hidden import hidden_rows_kernel
 from fastkd.kernels.kd_rows import (
     kd_rows_kernel,
@@ -172,7 +172,9 @@ def compile_case(kernel: Any, types: dict[str, Any], constants: dict[str, Any], 
     elif "BLOCK" not in kernel.arg_names:
         options = {"num_warps": 1, "enable_fp_fusion": True}
     else:
-        whole = kernel is kd_rows_kernel and config.is_heavy(gpu, constants["MIX"], constants["PEEL"])
+        whole = kernel is kd_rows_kernel and config.is_heavy(
+            gpu, constants["MIX"], constants["PEEL"], constants["MOMENT"] == MOMENT_BOTH
+        )
         in_slices = kernel in KERNELS.values() and "states_ptr" not in constants and types["u_ptr"] not in BITS.values()
         options = config.launch_options(gpu, LARGE, constants["VEC"], heavy=whole or in_slices)
     if "BLOCK" in kernel.arg_names:

@@ -28,8 +28,8 @@ def blocks() -> dict[str, str]:
     texts = {}
     for kind in ("cpu", "cuda"):
         runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
-        texts[f"{kind}_short"] = "".join(map(short, runs)) or MISSING
-        texts[f"{kind}_full"] = "".join(map(full, runs)) or MISSING
+        texts[f"{kind}_short"] = "\n".join(map(short, runs)) or MISSING
+        texts[f"{kind}_full"] = "\n".join(map(full, runs)) or MISSING
     digits = json.loads((RESULTS / "accuracy.json").read_text())
     for name, lines in zip(("accuracy", "rounding"), accuracy.tables(digits), strict=True):
         texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"

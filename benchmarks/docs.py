@@ -32,18 +32,15 @@ def blocks() -> dict[str, str]:
         texts[f"{kind}_full"] = "\n".join(map(full, runs)) or MISSING
     digits = json.loads((RESULTS / "accuracy.json").read_text())
     for name, lines in zip(("accuracy", "rounding"), accuracy.tables(digits), strict=True):
-        texts[name] = f"{summary.machine_line(digits['machine'])}\n\n{table(lines)}"
-    recorded = RESULTS / "cache.json"
-    texts["cache"] = cache_speeds(json.loads(recorded.read_text())) if recorded.exists() else MISSING
-    learned = json.loads((RESULTS / "tails.json").read_text())
-    texts["tails"] = f"{summary.machine_line(learned['machine'])}\n\n{table(tails.table(learned))}"
+        texts[name] = measured(digits, lines)
+    for module in (cache, integrations, tails):
+        name = module.__name__.rpartition(".")[2]
+        recorded = json.loads((RESULTS / f"{name}.json").read_text())
+        texts[name] = measured(recorded, module.table(recorded))
     texts["layers"] = layers_learned(json.loads((RESULTS / "demo-layers.json").read_text()))
     texts["normalisation"] = table(normalisation.table())
-    recorded = RESULTS / "integrations.json"
-    texts["integrations"] = steps(json.loads(recorded.read_text())) if recorded.exists() else MISSING
     sliced = json.loads((RESULTS / "slices.json").read_text())
-    tables = "\n".join(map(table, slices.tables(sliced)))
-    texts["slices"] = f"{summary.machine_line(sliced['machine'])}\n\n{tables}"
+    texts["slices"] = measured(sliced, *slices.tables(sliced))
     compared = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("builds-*.json"))]
     texts["builds"] = "\n".join(map(of_builds, compared)) or MISSING
     predicted = cost_triton.table(cost_triton.recorded())
@@ -65,7 +62,7 @@ def short(results: dict[str, Any]) -> str:
             ratios = [f"{seconds / f.seconds:.2f}" if seconds else "" for seconds in others]
             time, share = summary.duration(f.seconds), f"{f.of_floor:.0%}"
             lines.append([case["name"], f"`{name.split()[1]}`", time, *ratios, share])
-    return f"{summary.machine_line(results['machine'])}\n\n{table(summary.without_empty_columns(lines))}"
+    return measured(results, summary.without_empty_columns(lines))
 
 
 def full(results: dict[str, Any]) -> str:
@@ -80,10 +77,6 @@ def full(results: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def cache_speeds(results: dict[str, Any]) -> str:
-    return f"{summary.machine_line(results['machine'])}\n\n{table(cache.table(results))}"
-
-
 def layers_learned(results: dict[str, Any]) -> str:
     """Held-out losses of the demo's layers task."""
     versions = " · ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -95,15 +88,16 @@ def layers_learned(results: dict[str, Any]) -> str:
     return f"{results['device']} · {versions}\n\n{table(lines)}"
 
 
-def steps(results: dict[str, Any]) -> str:
-    return f"{summary.machine_line(results['machine'])}\n\n{table(integrations.table(results))}"
-
-
 def of_builds(results: dict[str, Any]) -> str:
     return (
         f"{summary.machine_line(results['machine'])}; the other build: commit {results['other']}\n\n"
         f"{table(builds.table(results))}"
     )
+
+
+def measured(results: dict[str, Any], *tables: list[list[str]]) -> str:
+    """Tables of results, under the machine that they are of."""
+    return "\n".join([f"{summary.machine_line(results['machine'])}\n", *map(table, tables)])
 
 
 def table(lines: list[list[str]]) -> str:

@@ -97,9 +97,7 @@ def JSD(beta: float) -> Divergence:
     Raises:
         ValueError: ``beta`` is outside [0, 1].
     """
-    check_real("beta", beta)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta: got {beta}, must be in [0, 1]")
+    _check_share("beta", beta)
     if beta in (0.0, 1.0):
         return FORWARD_KL if beta == 0.0 else REVERSE_KL
     return Divergence("jsd", c_t=beta, c_s=1.0 - beta, w=beta)
@@ -135,9 +133,7 @@ def SymmetricKL(forward: float = 0.5) -> Divergence:
     Raises:
         ValueError: ``forward`` is outside [0, 1].
     """
-    check_real("forward", forward)
-    if not 0.0 <= forward <= 1.0:
-        raise ValueError(f"forward: got {forward}, must be in [0, 1]")
+    _check_share("forward", forward)
     if forward in (0.0, 1.0):
         return FORWARD_KL if forward == 1.0 else REVERSE_KL
     return Divergence("symmetric_kl", c_t=forward, c_s=1.0 - forward, formula=Formula.SYMMETRIC_KL)
@@ -162,6 +158,12 @@ def resolve(divergence: str | Divergence) -> Divergence:
             + (f"; {_ELSEWHERE[divergence]}" if divergence in _ELSEWHERE else "")
         )
     return NAMED[divergence]
+
+
+def _check_share(name: str, share: float) -> None:
+    check_real(name, share)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name}: got {share}, must be in [0, 1]")
 
 
 def _check_skew(lam: float) -> None:

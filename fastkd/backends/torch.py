@@ -64,7 +64,10 @@ def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor]:
         columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
         is_near = of_chunk[:, GRAD_FORM, None] != 0
-        if spec.formula == Formula.TOTAL_VARIATION:
+        g: Tensor | None
+        if spec.summands[-1].mix == Mix.TEACHER:
+            g = None
+        elif spec.formula == Formula.TOTAL_VARIATION:
             g = _sides(columns)[0].sub_(torch.where(is_near, columns.p_s, 0.0))
         elif is_near.is_cpu and not bool(is_near.any()):
             g = _far(spec, columns)[1]
@@ -310,11 +313,11 @@ def _soft_term(
     return soft, _soft_gradient(spec, chunk, columns, g, stats) if want_grad else None
 
 
-def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor, stats: Tensor) -> Tensor:
+def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor | None, stats: Tensor) -> Tensor:
     """``soft_scale·∂D/∂z``, T·∂D/∂z being g − p_s·G, written over ``g``.
 
-    Of a reverse KL G goes from d, not from p_s·d: that, where p_s is near 1, has been rounded at the size of a d of
-    tens. And where it is infinite there is no gradient.
+    Of a reverse KL, which has no use for ``g``, G goes from d, not from p_s·d: that, where p_s is near 1, has been
+    rounded at the size of a d of tens. And where it is infinite there is no gradient.
     """
     assert chunk.soft_scale is not None
     grad_sum, last = stats[:, GRAD_SUM, None], spec.summands[-1]
@@ -326,6 +329,7 @@ def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor, sta
             masses = _difference(columns) if not is_near.is_cpu or bool(is_near.any()) else columns.p_t - columns.p_s
             dz = torch.where(grad_sum == math.inf, 0.0, dz.add_(masses, alpha=-spec.c_t))
     else:
+        assert g is not None
         dz = g.addcmul_(columns.p_s, grad_sum, value=-1.0)
     broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])
     return dz.mul_((chunk.soft_scale / spec.temperature + broken).unsqueeze(1))

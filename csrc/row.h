@@ -25,11 +25,12 @@ FASTKD_HD float log_ratio(float z, float u, float offset, float inv_t, float shi
 }
 
 // T·∂D/∂z. An infinite reverse KL (G = inf) has no gradient; anywhere else G is finite, or the logits hold a NaN.
+// Numbers, not a TermGrad: GCC vectorises no loop that hands a structure on.
 template <class Functor>
-FASTKD_HD float soft_gradient(const TermGrad& column, float p_s, float grad_sum) {
+FASTKD_HD float soft_gradient(float g, float apart, float p_s, float grad_sum) {
     if (Functor::kGradSum == GradSum::kFromMean && grad_sum == kInfinity) return 0.0f;
-    const float residual = column.g - p_s * grad_sum;
-    if constexpr (Functor::kApart) return residual + column.apart;
+    const float residual = g - p_s * grad_sum;
+    if constexpr (Functor::kApart) return residual + apart;
     return residual;
 }
 

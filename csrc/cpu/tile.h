@@ -154,7 +154,7 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
                 if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift);
                 column = functor.template column<false>(d, f.p_t * e_t[j], p_s);
             }
-            sum += f.soft * soft_gradient<Functor>(column, p_s, f.grad_sum);
+            sum += f.soft * soft_gradient<Functor>(column.g, column.apart, p_s, f.grad_sum);
         }
         if constexpr (kHard == Hard::kOwn) {
             sum += f.hard * e_h[j];

@@ -406,7 +406,7 @@ struct KDRow {
                 float p_s, excess;
                 TermGrad column = evaluate<kForm == Form::kNear>(row, z, u, p_s, excess);
                 if (Functor::kTwoSided) column.g -= row.other_side * p_s;
-                return factor() * soft_gradient<Functor>(column, p_s, row.grad_sum);
+                return factor() * soft_gradient<Functor>(column.g, column.apart, p_s, row.grad_sum);
             }
         };
         linear.c = row.soft_term;

@@ -135,6 +135,8 @@ def is_dtensor(value: Tensor) -> bool:
 def has_dtensor(*values: object) -> bool:
     """Whether one of these tensors, or of the sources' tensors, is one."""
     for value in values:
+        if value is None or type(value) is Tensor:
+            continue
         each = value if isinstance(value, (LinearLogits, TopK)) else (value,)
         if any(isinstance(tensor, Tensor) and is_dtensor(tensor) for tensor in each):
             return True

@@ -1,9 +1,10 @@
 """Triton's interpreter, with bfloat16, fused products and minima as every GPU has them, in half the time.
 
 The interpreter of Triton 3.9 truncates float32 to bfloat16 (relative error of a gradient 3.3e-3, to nearest 1.7e-3),
-and the tolerance is that of rounding to nearest. That of 3.6 rounds the product of ``fma`` and gives the NaN of a
-minimum or maximum with a number, which no GPU does. Both look through the language for what to replace at every call of
-a device function, which takes longer than the call: here what has been replaced stays so.
+and the tolerance is that of rounding to nearest. That of 3.6 rounds the product of ``fma``, gives the NaN of a minimum
+or maximum with a number, which no GPU does, and makes a number of an array, which NumPy deprecates. Both look through
+the language for what to replace at every call of a device function, which takes longer than the call: here what has
+been replaced stays so.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def mend() -> None:
         if function.__module__ not in patched:
             patched.add(function.__module__)
             patch(function)
+            tl.tensor.__index__ = lambda self: self.handle.data.item()
         return Kept()
 
     interpreter._patch_lang = patch_once

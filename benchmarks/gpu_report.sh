@@ -4,14 +4,14 @@
 #   benchmarks/gpu_report.sh OUT_DIR [--quick] [--wheels DIR] [--stage NAME]...
 #
 # Stages: environment, build, cuda (the tests of that backend), triton (of that), tests (all), sanitizer, profile,
-# benchmarks. Each has a time limit, below 9 minutes, at which whatever it started is ended; one that fails is recorded
-# and the next still runs. --quick leaves out tests and profile, and fits in 8 minutes. --wheels names a folder with
-# wheels of peers to install, without their dependencies. What is written to OUT_DIR: a log for each stage, tests-*.xml,
-# sanitizer-*.log, profile-*.csv, the benchmarks' JSON and plots, and summary.md.
+# benchmarks. Each has a time limit, below 9 minutes, at which whatever it started is ended. One that fails is recorded,
+# the next still runs, and the exit status is 1. --quick leaves out tests and profile, and fits in 8 minutes. --wheels
+# names a folder with wheels of peers to install, without their dependencies. What is written to OUT_DIR: a log for each
+# stage, tests-*.xml, sanitizer-*.log, profile-*.csv, the benchmarks' JSON and plots, and summary.md.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 [[ $# -ge 1 && $1 != -* ]] || usage
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -34,6 +34,7 @@ if [[ -z $quick ]]; then
     order=(environment build cuda triton tests sanitizer profile benchmarks)
 fi
 [[ ${#stages[@]} -gt 0 ]] || stages=("${order[@]}")
+for stage in "${stages[@]}"; do : "${limits[$stage]:?no stage $stage here}"; done
 
 python=${PYTHON:-python3}
 # In place: the sources of this tree, without an install.
@@ -44,16 +45,22 @@ ln -sfn "$tree/kernels" "$site/fastkd/kernels"
 ln -sfn "$tree/benchmarks" "$site/fastkd/bench"
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 # What Triton has compiled once is there for the stages that follow.
-export TRITON_CACHE_DIR=$out/triton-cache
+export TRITON_CACHE_DIR=$tree/build/triton-cache
 
 gpu() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
 
+# PyTorch's own word on the GPU, or its failure.
+torch_gpu() { "$python" -c 'import torch; print(torch.cuda.get_device_properties(0))'; }
+
+# What takes too long is interrupted in time to show what it has.
+in_time() { timeout --signal=INT $((limit - 15)) "$@"; }
+
 environment() {
     nvidia-smi
-    "$python" -c 'import sys, torch; print(sys.version); print(torch.__config__.show())'
     nvcc --version
     git describe --always --dirty || echo "no git, or no repository of it"
     "$python" -m fastkd info
+    torch_gpu
 }
 
 build() {
@@ -61,22 +68,26 @@ build() {
     if [[ -n $wheels ]]; then "$python" -m pip install --no-deps --no-index "$wheels"/*.whl || return; fi
     arch=$(gpu compute_cap) || return
     # Where there is no pyproject.toml, beside which an older setuptools refuses to run.
-    cd "$site" && rm -f fastkd/*.so && ln -sfn "$tree/csrc" "$tree/setup.py" . || return
+    cd "$site" && rm -f fastkd/*.so fastkd/_built.json && ln -sfn "$tree/csrc" "$tree/setup.py" . || return
     FASTKD_REQUIRE=cpu,cuda FASTKD_CUDA_ARCHS=${arch/./} "$python" setup.py build_ext --inplace || return
-    cp fastkd/*.so "$tree/fastkd/"  # for stages that are run later
+    cp fastkd/*.so fastkd/_built.json "$tree/fastkd/" || return  # for stages that are run later
+    "$python" -c 'import fastkd._cpu, fastkd._cuda' && "$python" -m fastkd info
 }
 
-# Tests on the device, eight at a time; one that hangs is given up, where pytest has the plugins for that.
+# Tests on the device, eight at a time; one that hangs is given up with its process, since what waits for a kernel heeds
+# no signal. Both where pytest has the plugins for that.
 run_tests() {
     local name=$1 plugins=()
     shift
-    "$python" -c 'import xdist' && plugins+=(-n 8)
-    "$python" -c 'import pytest_timeout' && plugins+=(--timeout=120)
-    "$python" -m pytest -q -p no:cacheprovider "${plugins[@]}" --junitxml="$out/tests-$name.xml" "$@"
+    torch_gpu || return  # without one they would pass on the CPU
+    "$python" -c 'import xdist' 2>/dev/null && plugins+=(-n 8)
+    "$python" -c 'import pytest_timeout' 2>/dev/null && plugins+=(--timeout=120 --timeout-method=thread)
+    in_time "$python" -m pytest -q -rsfE -p no:cacheprovider "${plugins[@]}" --junitxml="$out/tests-$name.xml" "$@" &&
+        grep -q '<testcase [^>]*/>' "$out/tests-$name.xml"  # one that passed, which has nothing to add
 }
 cuda() { run_tests cuda tests/gpu tests/backends -k cuda; }
 triton() { run_tests triton tests/gpu tests/backends -k triton; }
-tests() { run_tests all tests; }
+tests() { FASTKD_REQUIRE=cpu,cuda run_tests all tests; }
 
 # The tools side by side: they leave the GPU idle most of the time.
 sanitizer() {
@@ -90,24 +101,34 @@ sanitizer() {
     jobs=()
     for backend in cuda triton; do
         for tool in memcheck racecheck; do
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \
-                "$python" tests/gpu/sanitize.py $backend ${quick:+--quick} >"$out/sanitizer-$backend-$tool.log" 2>&1 &
-            jobs+=("$!:$backend $tool")
+            sanitize $backend $tool &
+            jobs+=($!)
         done
     done
-    for job in "${jobs[@]}"; do
-        if wait "${job%%:*}"; then echo "${job#*:}: passed"; else echo "${job#*:}: failed"; status=1; fi
-    done
+    for job in "${jobs[@]}"; do wait "$job" || status=1; done
     return $status
+}
+
+sanitize() {
+    local log=$out/sanitizer-$1-$2.log
+    if PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" --error-exitcode 1 \
+        "$python" tests/gpu/sanitize.py "$1" ${quick:+--quick} >"$log" 2>&1; then
+        echo "$1 $2: passed"
+    else
+        printf '%s\n%s\n' "$(tail -n 12 "$log")" "$1 $2: failed"
+        return 1
+    fi
 }
 
 # What the cost model predicts, counted: instructions, exponentials and bytes of one call.
 profile() {
-    local status=0 backend
+    local status=0 backend table
     for backend in cuda triton; do
-        ncu --clock-control none --csv --kernel-name regex:kd_rows --metrics "$metrics" \
-            "$python" benchmarks/one_call.py "$backend" >"$out/profile-$backend.csv" || status=1
-        tail -n 60 "$out/profile-$backend.csv"
+        table=$out/profile-$backend.csv
+        ncu --clock-control none --csv --page raw --kernel-name regex:kd_rows --metrics "$metrics" \
+            "$python" benchmarks/one_call.py "$backend" >"$table" || status=1
+        grep '^"' "$table"
+        grep -q '^"0",' "$table" || status=1  # a first kernel: ncu succeeds where it may not read the counters
     done
     return $status
 }
@@ -118,35 +139,36 @@ metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
 benchmarks() {
     local name options
     name=$(gpu name) || return
-    # Interrupted in time to show and draw what it has.
     [[ -n $quick ]] && options=(--seconds=1) || options=(--full)
-    timeout --signal=INT $((limit - 15)) "$python" -m fastkd bench "${options[@]}" --out "$out/cuda-${name// /-}.json"
+    in_time "$python" -m fastkd bench --device cuda "${options[@]}" --out "$out/cuda-${name// /-}.json"
 }
 
 # Ends every process that a stage left, in whichever group or session it is.
 end_stage() {
     local entry
-    for entry in /proc/[0-9]*; do
-        if grep -qsxz "GPU_REPORT_STAGE=$1" "$entry/environ"; then kill -KILL "${entry#/proc/}"; fi
-    done 2>/dev/null
+    for entry in $(grep -lsxz "GPU_REPORT_STAGE=$1" /proc/[0-9]*/environ); do
+        kill -KILL "$(basename "${entry%/environ}")" 2>/dev/null
+    done
 }
 
-printf '| stage | result | seconds |\n|---|---|---|\n' >"$out/summary.md"
+trap 'end_stage "$$-$stage"; rm -rf "$site"' EXIT
+failed=0
+printf '| stage | result | seconds | last line |\n|---|---|---|---|\n' >"$out/summary.md"
 for stage in "${stages[@]}"; do
-    limit=${limits[$stage]:?no stage $stage here}
+    limit=${limits[$stage]}
     start=$SECONDS
-    export -f "${stage?}" gpu run_tests
+    export -f "${stage?}" gpu torch_gpu in_time run_tests sanitize
     export out quick wheels python tree site limit metrics
-    GPU_REPORT_STAGE=$$-$stage timeout --kill-after=1 "$limit" bash -uo pipefail -c "$stage" >"$out/$stage.log" 2>&1
+    # In the background, so that a signal is not put off until the stage ends.
+    GPU_REPORT_STAGE=$$-$stage timeout --kill-after=1 "$limit" bash -uo pipefail -c "$stage" >"$out/$stage.log" 2>&1 &
+    wait $!
     status=$?
     end_stage "$$-$stage"
     case $status in 0) result=passed ;; 124 | 137) result="out of time ($limit s)" ;; *) result="failed ($status)" ;; esac
-    echo "| $stage | $result | $((SECONDS - start)) |" | tee -a "$out/summary.md"
+    [[ $status == 0 ]] || failed=1
+    echo "| $stage | $result | $((SECONDS - start)) | $(tail -n 1 "$out/$stage.log") |" | tee -a "$out/summary.md"
 done
-rm -rf "$site"
-{
-    for stage in "${stages[@]}"; do
-        [[ $stage == environment || ! -s $out/$stage.log ]] ||
-            printf '\n## %s\n\n```\n%s\n```\n' "$stage" "$(tail -n 60 "$out/$stage.log")"
-    done
-} >>"$out/summary.md"
+for stage in "${stages[@]}"; do
+    printf '\n## %s\n\n```\n%s\n```\n' "$stage" "$(tail -n 60 "$out/$stage.log")"
+done >>"$out/summary.md"
+exit $failed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +128,6 @@ def test_a_call_on_a_gpu_is_queued_behind_a_delay_that_outlasts_its_launches(mon
     assert sample["seconds"] == 7e-3 and sample["with_launches"] > 0
     assert len(delays) == 3 and delays[2] > delays[1] > delays[0] > 0
     assert len(calls) == 1 + len(delays)
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_stages_of_the_gpu_report_are_short(quick: bool) -> None:
-    """Eight minutes for all of the quick ones, nine for any; each is a function of the script."""
-    script = (docs.ROOT / "benchmarks" / "gpu_report.sh").read_text()
-    limits = [dict(re.findall(r"\[(\w+)\]=(\d+)", text)) for text in re.findall(r"limits=\((.*)\)", script)]
-    order = [text.split() for text in re.findall(r"order=\((.*)\)", script)]
-    seconds, stages = limits[not quick], order[not quick]
-    assert sorted(seconds) == sorted(stages)
-    assert all(re.search(rf"^{stage}\(\) {{", script, re.MULTILINE) for stage in stages)
-    assert max(map(int, seconds.values())) <= 540
-    assert not quick or sum(map(int, seconds.values())) <= 480
 
 
 def test_compare() -> None:

@@ -58,7 +58,7 @@ in_time() { timeout --signal=INT $((limit - 15)) "$@"; }
 environment() {
     nvidia-smi
     nvcc --version
-    git describe --always --dirty || echo "no git, or no repository of it"
+    git describe --always --dirty 2>/dev/null || echo "no git, or no repository of it"
     "$python" -m fastkd info
     torch_gpu
 }

@@ -209,7 +209,7 @@ class _LinearLoss(torch.autograd.Function):
         wants = ctx.needs_input_grad[:3]
         if ctx.late:
             *tensors, varying, soft = _saved(ctx)
-            tensors[8:] = _times(tensors[8:], grad_loss)
+            tensors = [*tensors[:8], *_times(tensors[8:], grad_loss)]
             if ctx.inplace and not _is_batched(grad_loss):
                 grads = [tensors[0].detach(), None, None]
                 _LinearLoss._over_logits(ctx, (grads[0], *tensors[1:]), varying)

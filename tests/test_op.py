@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 import fastkd
-from fastkd import _dispatch
+from fastkd import _dispatch, _traced
 from fastkd._request import NUM_STATS, Place
+from tests import interpreter
 from tests.cases import inputs
 
 BOTH = {"temperature": 2.0, "hard_weight": 0.3, "soft_weight": 0.7}
@@ -187,6 +189,8 @@ def test_compile(device: str, backend: str, name: str) -> None:
     operation = {"hidden": "hidden_rows", "sparse": "rest_rows"}.get(name.partition("_")[0], "kd_rows")
     if why := _dispatch.refusal(torch.zeros(1, 1, device=device), backend, None, operation):
         pytest.skip(why)
+    if backend == "triton":
+        interpreter.mend()
     given = inputs(ROWS, COLUMNS, device=device)
 
     def loss(*tensors: Tensor) -> Tensor:
@@ -290,6 +294,12 @@ def test_schedule(device: str, name: str) -> None:
         for step in STEPS:
             check_schedule(device, compiled, SCHEDULES[name], step)
     assert graphs.frame_count == 2
+
+
+def test_a_number_that_became_known_stays_in_its_tensor() -> None:
+    """Between Dynamo's trace, which left it out of the other arguments, and the next."""
+    with FunctionalTensorMode():
+        assert _traced.varying(0.5) is not None
 
 
 @pytest.mark.usefixtures("fresh_compiler")

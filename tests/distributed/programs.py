@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fastkd
+from tests import interpreter
 
 
 def own_slice(whole: Tensor, group: ProcessGroup, dim: int = -1) -> Tensor:
@@ -24,6 +25,8 @@ def sliced_loss(group: ProcessGroup, cases: list[tuple[Tensor, Any, Tensor | Non
     for student, teacher, labels, keywords in cases:
         keywords = dict(keywords)
         grad_output = keywords.pop("grad_output", None)
+        if keywords.get("backend") == "triton":
+            interpreter.mend()
         leaf = own_slice(student, group).requires_grad_()
         of_teacher = own_slice(teacher, group) if type(teacher) is Tensor else teacher
         given = leaf * 1.0 if keywords.get("inplace_backward") else leaf

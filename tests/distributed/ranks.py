@@ -56,7 +56,7 @@ class Ranks:
 
 def _serve(rank: int, port: int, end: Connection) -> None:
     """Until the other end is closed."""
-    sys.path.insert(0, str(ROOT))
+    sys.path.append(str(ROOT))  # for `import tests.…`
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     import traceback
 

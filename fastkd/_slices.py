@@ -10,8 +10,10 @@ Math    P_t(r), P_s(r) are the masses of slice r; what has an index r is of its 
         first, for its normalisers, and then sums over the slices by the row's (``slice_sums``).
 Digits  The states are float32, their merge is float64. Of a slice that took the near form, G shows what the rounding of
         its sums did to LOG_RATIO, which is taken out; the row's G is then what it is by definition: −c_t, or S, or 0.
-Bytes   At most 40 a row and rank and exchange, whatever V; of a sparse teacher 4 more a listed token. All ranks merge
-        the same numbers in the same order: their losses and statistics are equal bit for bit.
+Listed  A sparse teacher's outcomes are in slices as well: of each listed token its rank has the logit, and all ranks
+        have that of the others together and the normaliser after the first exchange. The second is of sums.
+Bytes   At most 40 a row and rank and exchange, whatever V and K. All ranks merge the same numbers in the same order:
+        their losses and statistics are equal bit for bit.
 Faults  A call's numbers go in front of its first exchange, in a message whose size does not depend on them (``_HEAD``).
         On a CPU every rank compares them at every call, so that all raise; a GPU waits for that once for each kind of
         call. How many exchanges there are follows from these numbers alone.
@@ -22,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from fastkd._request import (
     LOG_HARD,
     LOG_RATIO,
     LOG_STUDENT,
+    NUM_STATS,
     PEAK_STUDENT,
     PEAK_TEACHER,
     Formula,
@@ -85,7 +88,7 @@ _OPERATIONS = ("failed", "kd_rows", "rest_rows")
 
 def choose(
     logits: Tensor, place: Place, teacher: Tensor | None = None, operation: str = "kd_rows", agreed: Sequence[int] = ()
-) -> Backend:
+) -> Backend | Sliced:
     """``_dispatch.choose``, of a backend for whole rows, wherever they are.
 
     ``agreed``: the number of rows in all, of which these are a chunk, and what else decides about exchanges.
@@ -94,7 +97,7 @@ def choose(
         return _dispatch.choose(logits, place.backend, teacher, operation)
     if operation == "kd_rows":
         operation = "slice_sums"
-    return cast(Backend, Sliced(_dispatch.choose(logits, place.backend, teacher, operation), place, agreed))
+    return Sliced(_dispatch.choose(logits, place.backend, teacher, operation), place, agreed)
 
 
 def tokens_of(place: Place, vocab_size: int, columns: int) -> int:
@@ -102,16 +105,12 @@ def tokens_of(place: Place, vocab_size: int, columns: int) -> int:
     return min(max(vocab_size - _start_of(place), 0), columns) if place.group else vocab_size
 
 
-def listed_logits(student: Tensor, listed: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
-    """[N, K] of [B, S, V], whoever has them; whatever where ``listed`` is −1."""
-    if not place.group:
-        return _gather_columns(student, listed).to(dtype)
-    own = _own_columns(listed, _start_of(place), student.shape[-1])
-    # One rank has it and the others 0, so that the sum is exact.
-    mine = student.new_zeros(listed.shape, dtype=dtype)
-    if student.shape[-1]:
-        mine = torch.where(own < 0, mine, _gather_columns(student, own).to(dtype))
-    return summed(mine, place.group)
+def listed_logits(student: Tensor, listed: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K] of [B, S, V], and −inf where ``listed`` is −1."""
+    if not student.shape[-1]:
+        return student.new_full(listed.shape, -math.inf, dtype=dtype)
+    columns = listed.long().clamp_(min=0).view(*student.shape[:2], -1)
+    return student.gather(-1, columns).view(listed.shape).to(dtype).masked_fill_(listed < 0, -math.inf)
 
 
 def summed(tensor: Tensor, group: str) -> Tensor:
@@ -153,13 +152,28 @@ def raise_together(place: Place, student: object, check: Callable[[], Result]) -
         raise
 
 
+class Share(NamedTuple):
+    """What a rank knows of the columns that a sparse teacher lists."""
+
+    logits: Tensor  # [N, K], −inf where none is listed, or one of another slice
+    is_elsewhere: Tensor  # [N, K] the latter
+    peak: Tensor  # [N] the largest of all slices
+    log_sum: Tensor  # [N] likewise, log Σ exp((z − peak)/T)
+
+    def own(self, outcomes: Tensor) -> Tensor:
+        """[N, K + 1] without those of other slices."""
+        return outcomes.masked_fill(torch.nn.functional.pad(self.is_elsewhere, (0, 1)), -math.inf)
+
+
 class Sliced:
     """The part of ``_dispatch.Backend`` that works on rows, over slices. Specs, labels, listed columns are global."""
 
     def __init__(self, backend: Backend, place: Place, agreed: Sequence[int] = ()) -> None:
         self._backend, self._agreed = backend, agreed
         self._place, self._group, self._width = place, place.group, place.width
-        self._start, self._size = _start_of(place), _resolved(place.group).size()
+        group = _resolved(place.group)
+        self._rank, self._size = group.rank(), group.size()
+        self._start = self._rank * self._width
 
     def kd_rows(
         self, rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None
@@ -186,7 +200,8 @@ class Sliced:
         if rows.soft_scale is not None:
             _merge_soft(first, states, soft, stats)
             if first is not spec:
-                self._sum_over_slices(own, spec._replace(vocab_size=of_slice.vocab_size), soft, stats)
+                of_own = spec._replace(vocab_size=of_slice.vocab_size)
+                self._sum_over_slices(self._backend, own, of_own, soft, stats)
         self._leave_out(rows, hard, soft)
         if grad is not None:
             self.kd_grad(rows, spec, stats, grad)
@@ -198,22 +213,65 @@ class Sliced:
         else:
             grad.zero_()
 
-    def rest_rows(self, rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> None:
+    def rest_rows(self, rows: Rows, spec: RowSpec, listed: Tensor, hard: Tensor, rest: Tensor, stats: Tensor) -> Share:
         own, of_slice = self._own(rows, spec)
+        of_own = _own_columns(listed, self._start, of_slice.vocab_size)
         if of_slice.vocab_size:
-            of_own = _own_columns(listed, self._start, of_slice.vocab_size)
             self._backend.rest_rows(own, of_slice, of_own, hard, rest, stats)
         else:
             _of_no_token(hard, rest, stats)
-        state = _hard_state(own, of_slice, hard, stats) | {"rest_peak": stats[:, PEAK_TEACHER], "rest": rest}
+        inv_t, logits = 1.0 / spec.temperature, listed_logits(rows.student, of_own, rest.dtype)
+        peak = logits.amax(-1)
+        state = _hard_state(own, of_slice, hard, stats) | {
+            "rest_peak": stats[:, PEAK_TEACHER],
+            "rest": rest,
+            "listed_peak": peak,
+            "listed": ((logits - _finite(peak).unsqueeze(1)) * inv_t).logsumexp(-1),
+        }
         call = self._call("rest_rows", rows, spec, None, listed.shape[1])
         states = self._exchange(call, state, (*rows[2:], listed.view(-1)))
         stats.zero_()
         self._merge_hard(rows, spec, states, hard, stats)
-        peak, log_sum, _ = _masses(states["rest_peak"], states["rest"], 1.0 / spec.temperature)
+        peak, log_sum, _ = _masses(states["rest_peak"], states["rest"], inv_t)
         stats[:, PEAK_TEACHER], stats[:, LOG_RATIO] = peak, log_sum
         rest.copy_(stats[:, LOG_RATIO])
         self._leave_out(rows, hard, rest)
+        peak, log_sum, _ = _masses(states["listed_peak"], states["listed"], inv_t)
+        peak = peak.masked_fill(log_sum == -math.inf, -math.inf).to(logits.dtype)
+        return Share(logits, (listed >= 0) & (of_own < 0), peak, log_sum)
+
+    def outcome_rows(
+        self, rows: Rows, spec: RowSpec, share: Share, log_student: Tensor, soft: Tensor, grad: Tensor | None
+    ) -> None:
+        """``kd_rows`` of [1, N, K + 1] outcomes, of the student those that a rank has and that of all other tokens.
+
+        ``log_student`` [N] is log Σ exp over all that count. The last outcome is in the first rank's sums alone.
+        """
+        assert rows.teacher is not None and rows.soft_scale is not None
+        u = rows.teacher[0]
+        counted = u[:, : spec.vocab_size].double()
+        peak = _finite(counted.amax(-1))
+        log_teacher = (counted - peak.unsqueeze(1)).logsumexp(-1)
+        stats = soft.new_zeros(len(soft), NUM_STATS)
+        stats[:, PEAK_TEACHER], stats[:, LOG_STUDENT] = peak, log_student
+        stats[:, LOG_RATIO] = log_teacher - log_student
+        own = rows._replace(teacher=share.own(u).unsqueeze(0))
+        summed = spec._replace(vocab_size=spec.vocab_size if self._rank == 0 else u.shape[1] - 1)
+        is_entropy = spec.formula == Formula.CROSS_ENTROPY
+        if is_entropy:
+            summed = summed._replace(formula=Formula.MIXTURE_KL)
+        backend = _dispatch.choose(own.student, self._place.backend, None, "slice_sums")
+        self._sum_over_slices(backend, own, summed, soft, stats)
+        if is_entropy:
+            a = counted - (peak + log_teacher).unsqueeze(1)
+            soft -= torch.where(a == -math.inf, 0.0, a.exp() * a).sum(-1)
+        soft.masked_fill_(rows.soft_scale == 0, 0.0)
+        if grad is not None:
+            backend.kd_grad(own, spec, stats, grad)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Over the ranks, in float64."""
+        return _all_gather(sums, self._group).double().sum(0)
 
     def rest_grad(
         self, rows: Rows, spec: RowSpec, listed: Tensor, outcome_grad: Tensor, stats: Tensor, grad: Tensor
@@ -285,12 +343,12 @@ class Sliced:
         hard.copy_(torch.where(bad, math.nan, loss))
         stats[:, LABEL_REST] = torch.where(bad, math.nan, rest)
 
-    def _sum_over_slices(self, own: Rows, of_slice: RowSpec, soft: Tensor, stats: Tensor) -> None:
+    def _sum_over_slices(self, backend: Backend, own: Rows, of_slice: RowSpec, soft: Tensor, stats: Tensor) -> None:
         """The second exchange: the row's value and G, by the row's normalisers."""
         sums = stats.new_zeros(len(stats), 4)
         if of_slice.vocab_size:
-            self._backend.slice_sums(own, of_slice, stats, sums)
-        far, g_far, near, g_near = _all_gather(sums, self._group).double().sum(0).unbind(-1)
+            backend.slice_sums(own, of_slice, stats, sums)
+        far, g_far, near, g_near = self.total(sums).unbind(-1)
         if of_slice.formula == Formula.TOTAL_VARIATION:  # one value, Σ (p_t − p_s), and the G of either side
             is_near = g_far > -g_near
             value = far + near * (g_far + g_near) / 2
@@ -383,8 +441,7 @@ def _exact_ratio(spec: RowSpec, soft: Tensor, stats: Tensor) -> Tensor:
 def _masses(peak: Tensor, log_sum: Tensor, inv_t: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of [ranks, N]: the row's peak, 0 where all is −inf, log Σ exp relative to it, and log P of the slices."""
     nothing = log_sum == -math.inf
-    of_row = peak.masked_fill(nothing, -math.inf).amax(0)
-    of_row = of_row.masked_fill(of_row == -math.inf, 0.0)
+    of_row = _finite(peak.masked_fill(nothing, -math.inf).amax(0))
     relative = (peak - of_row) * inv_t + log_sum
     total = relative.exp().sum(0).log()
     return of_row, total, relative - total
@@ -412,14 +469,13 @@ def _merge_soft(spec: RowSpec, states: dict[str, Tensor], soft: Tensor, stats: T
     stats[:, GRAD_FORM] = near
 
 
+def _finite(peak: Tensor) -> Tensor:
+    return peak.masked_fill(peak == -math.inf, 0.0)
+
+
 def _mean(p: Tensor, x: Tensor) -> Tensor:
     """Σ p·x over the slices, with 0·x = 0 whatever x is."""
     return torch.where(p == 0, 0.0, p * x).sum(0)
-
-
-def _gather_columns(student: Tensor, columns: Tensor) -> Tensor:
-    index = columns.long().clamp_(min=0).view(*student.shape[:2], -1)
-    return student.gather(-1, index).view(columns.shape)
 
 
 def _own_columns(listed: Tensor, start: int, tokens: int) -> Tensor:

@@ -18,13 +18,14 @@ the rest is the teacher's u' alone:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastkd import _dispatch, _slices
 from fastkd._request import PEAK_TEACHER, Formula, Mix, Place, Rows, RowSpec
+from fastkd._validate import TAILS
 from fastkd.sources import TopK
 
 # The teacher's mass beyond the listed tokens where 1 − Σp in float32 has none left: a reverse KL needs some.
@@ -42,6 +43,7 @@ def kd_rows(
     """The row operation (see ``_dispatch.Backend.kd_rows``) with a teacher of [N, K], instead of ``rows.teacher``."""
     soft_scale = rows.soft_scale
     assert soft_scale is not None
+    agreed = (*agreed, *(teacher.tail == tail for tail in TAILS))
     chosen = _slices.choose(rows.student, place, None, "rest_rows", agreed)
     listed, u = _teacher_outcomes(teacher, spec, soft.dtype)
     if teacher.tail in ("renormalize", "support"):  # who lists nothing says nothing
@@ -52,18 +54,32 @@ def kd_rows(
         return
     rest = torch.empty_like(soft)
     stats.zero_()  # a backend fills what it needs, and an operator may not give what memory held
-    chosen.rest_rows(rows, spec, listed, hard, rest, stats)
-    of_listed = _slices.listed_logits(rows.student, listed, place, rest.dtype)
-    z = _student_outcomes(of_listed, listed, rest, stats[:, PEAK_TEACHER], spec)
-    outcome_grad = None if grad is None else torch.empty_like(z)
-    if teacher.tail == "truncate":
-        _truncated(z, u, soft_scale, spec, soft, outcome_grad)
+    if isinstance(chosen, _slices.Sliced):
+        share = chosen.rest_rows(rows, spec, listed, hard, rest, stats)
+        logits, peak = share.logits, share.peak
     else:
-        of_outcomes = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
-        none, matrices = torch.empty_like(hard), Rows(z.unsqueeze(0), u.unsqueeze(0), None, None, soft_scale)
-        out = None if outcome_grad is None else outcome_grad.unsqueeze(0)
+        chosen.rest_rows(rows, spec, listed, hard, rest, stats)
+        logits = _slices.listed_logits(rows.student, listed, rest.dtype)
+        peak = logits.amax(-1)
+    z, largest = _student_outcomes(logits, peak, rest, stats[:, PEAK_TEACHER], spec)
+    outcome_grad = None if grad is None else torch.empty_like(z)
+    out = None if outcome_grad is None else outcome_grad.unsqueeze(0)
+    of_outcomes = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
+    matrices = Rows(z.unsqueeze(0), u.unsqueeze(0), None, None, soft_scale)
+    if isinstance(chosen, _slices.Sliced):
+        log_sum = share.log_sum + (peak - largest) / spec.temperature
+        if outcomes == u.shape[1]:
+            log_sum = torch.logaddexp(log_sum, z[:, -1].double())
+        if teacher.tail == "truncate":
+            b = (z - log_sum.unsqueeze(1)).to(z.dtype)
+            _truncated(share.own(u), b, soft_scale, spec, soft, outcome_grad, chosen.total)
+        else:
+            chosen.outcome_rows(matrices, of_outcomes, share, log_sum, soft, out)
+    elif teacher.tail == "truncate":
+        _truncated(u, z.log_softmax(-1), soft_scale, spec, soft, outcome_grad)
+    else:
         of_matrices = _dispatch.choose(z, place.backend)
-        of_matrices.kd_rows(matrices, of_outcomes, none, soft, torch.empty_like(stats), out)
+        of_matrices.kd_rows(matrices, of_outcomes, torch.empty_like(hard), soft, torch.empty_like(stats), out)
     if grad is not None:
         assert outcome_grad is not None
         chosen.rest_grad(rows, spec, listed, outcome_grad, stats, grad)
@@ -135,27 +151,30 @@ def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple
     return listed, torch.cat((a, u_rest), -1)
 
 
-def _student_outcomes(z: Tensor, listed: Tensor, rest: Tensor, peak: Tensor, spec: RowSpec) -> Tensor:
-    """z' [N, K + 1] of the listed logits, less the largest logit over T: far from 0 it would have no digits left."""
-    rest, peak = rest.unsqueeze(1), peak.unsqueeze(1)
-    z = z.masked_fill(listed < 0, -math.inf)
-    largest = torch.maximum(z.amax(-1, keepdim=True), peak.masked_fill(rest == -math.inf, -math.inf))
+def _student_outcomes(z: Tensor, peak: Tensor, rest: Tensor, rest_peak: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """(z' [N, K + 1] of the listed logits, less the largest logit over T; that [N]).
+
+    Far from 0 it would have no digits left.
+    """
+    largest = torch.maximum(peak, rest_peak.masked_fill(rest == -math.inf, -math.inf))
     largest.masked_fill_(largest == -math.inf, 0.0)
-    return torch.cat(((z - largest).div_(spec.temperature), (peak - largest) / spec.temperature + rest), -1)
+    of_rest = (rest_peak - largest) / spec.temperature + rest
+    return torch.cat(((z - largest.unsqueeze(1)).div_(spec.temperature), of_rest.unsqueeze(1)), -1), largest
 
 
 def _truncated(
-    z: Tensor, u: Tensor, soft_scale: Tensor, spec: RowSpec, soft: Tensor, outcome_grad: Tensor | None
-) -> None:
+    u: Tensor, log_student: Tensor, soft_scale: Tensor, spec: RowSpec, soft: Tensor, outcome_grad: Tensor | None,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> None:  # fmt: skip
     """Σ over the K of the terms, with the student's probabilities over the whole vocabulary, and nothing of the rest.
+
+    ``total`` makes sums over the row of those over the columns here.
 
     Then no mass sums to 1, and nothing may be added to a term or to g: they are those of the definition,
 
         g = ∂term/∂log p_s = c_s·p_s·(b − log m + 1) − (1−w)·(p_s/m)·(c_t·p_t + c_s·p_s),   dz' = g − p_s·Σg,  g_r = 0
     """
-    a, b = u[:, :-1], z.log_softmax(-1)
-    p_s = b.exp()
-    b = b[:, :-1]
+    a, b, p_s = u[:, :-1], log_student[:, :-1], log_student.exp()
     p_t, of_student = a.exp(), p_s[:, :-1]
     if spec.formula == Formula.TOTAL_VARIATION:
         term = 0.5 * (of_student - p_t).abs()
@@ -175,11 +194,11 @@ def _truncated(
                 g -= (1.0 - w) * _no_nan((b - log_m).exp() * (c_t * p_t + c_s * of_student))
     counts = soft_scale != 0
     broken = 0.0 * (p_s.sum(-1) + p_t.sum(-1))  # what _no_nan hides
-    soft.copy_(torch.where(counts, term.sum(-1) + broken, 0.0))
+    value, grad_sum = total(torch.stack((term.sum(-1) + broken, g.sum(-1)), -1)).to(soft.dtype).unbind(-1)
+    soft.copy_(torch.where(counts, value, 0.0))
     if outcome_grad is not None:
-        total = g.sum(-1, keepdim=True)
-        dz = torch.nn.functional.pad(g, (0, 1)).addcmul_(p_s, total, value=-1.0)
-        finite = counts & (total.squeeze(1).abs() != math.inf)  # as everywhere, no gradient of an infinite reverse KL
+        dz = torch.nn.functional.pad(g, (0, 1)).addcmul_(p_s, grad_sum.unsqueeze(1), value=-1.0)
+        finite = counts & (grad_sum.abs() != math.inf)  # as everywhere, no gradient of an infinite reverse KL
         outcome_grad.copy_(torch.where(finite.unsqueeze(1), dz * soft_scale.unsqueeze(1), 0.0))
 
 

@@ -79,6 +79,18 @@ def test_a_bad_argument_of_one_rank(ranks: Ranks, odd: dict[str, Any], message: 
         assert loss == 0.0
 
 
+def other_tails(group: ProcessGroup) -> Any:
+    teacher = fastkd.TopK(torch.zeros(6, 1).long(), torch.zeros(6, 1), tail="truncate" if group.rank() else "bucket")
+    return call(group, {"teacher_logits": teacher})
+
+
+def test_another_tail(ranks: Ranks) -> None:
+    """Of which one exchanges less than the other."""
+    for raised, loss in ranks.run(other_tails, size=2):
+        assert raised is not None and "in terms" in raised
+        assert loss == 0.0
+
+
 def chunks(group: ProcessGroup, differ: Callable[[int], dict[str, Any]]) -> str | None:
     torch.manual_seed(0)
     source = fastkd.LinearLogits(torch.randn(10, 4), torch.randn(6, 4))

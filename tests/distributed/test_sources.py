@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd._validate import TAILS
 from tests import reference
 from tests.assertions import check_gradient, check_loss, same_bits
 from tests.cases import DIVERGENCES
@@ -89,30 +91,111 @@ def test_products(ranks: Ranks, size: int, backend: str) -> None:
             check_gradient(torch.cat([of_part[part] for of_part in of_parts]), grads[part])
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+Case = tuple[str, Tensor, fastkd.TopK, "Tensor | None", dict[str, Any]]  # the divergence's name, and a call
+
+
+def check_listed(ranks: Ranks, size: int, cases: list[Case], compare: Callable[..., None]) -> None:
+    calls = [
+        (student, teacher, labels, keywords | {"divergence": DIVERGENCES[name].argument})
+        for name, student, teacher, labels, keywords in cases
+    ]
+    results = ranks.run(sliced_loss, calls, size=size)
+    for (name, student, teacher, labels, keywords), call, *of_ranks in zip(cases, calls, *results, strict=True):
+        leaf = student.double().requires_grad_()
+        exact = {key: value for key, value in keywords.items() if key not in ("backend", "inplace_backward")}
+        exact["divergence"] = DIVERGENCES[name].definition
+        expected = reference.kd_loss(leaf, logits_of(teacher), labels, **exact).loss
+        (grad,) = torch.autograd.grad(expected.sum(), leaf)
+        losses, grads = zip(*of_ranks, strict=True)
+        try:
+            assert all(same_bits(loss, losses[0]) for loss in losses)
+            compare(losses[0], torch.cat(grads, -1), expected.detach(), grad, call)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {teacher.tail}, {keywords}: {error}") from error
+
+
+def agree(loss: Tensor, grad: Tensor, expected: Tensor, expected_grad: Tensor, call: Any) -> None:
+    check_loss(loss, expected)
+    check_gradient(grad, expected_grad)
+
+
+def no_worse_than_whole(loss: Tensor, grad: Tensor, expected: Tensor, expected_grad: Tensor, call: Any) -> None:
+    """Where float32 has few digits: at most twice the error that one process has, and the tolerance."""
+    student, teacher, labels, keywords = call
+    leaf = student.clone().requires_grad_()
+    whole = fastkd.kd_loss(leaf, teacher, labels, **keywords)
+    (whole_grad,) = torch.autograd.grad(whole.sum(), leaf)
+    for ours, theirs, exact in ((loss, whole.detach(), expected), (grad, whole_grad, expected_grad)):
+        error, of_whole = ((x.double() - exact).norm() / exact.norm() for x in (ours, theirs))
+        assert error <= 2.0 * of_whole + 1e-5, f"error {error:.1e}, {of_whole:.1e} of one process"
+
+
+# A teacher without mass of the rest has no reverse KL.
+LISTED = [
+    (name, tail)
+    for name in DIVERGENCES
+    for tail in TAILS
+    if tail != "renormalize" or not reference.is_infinite_without_mass(DIVERGENCES[name].definition)
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_listed_tokens(ranks: Ranks, size: int, backend: str) -> None:
-    """Of logits: ids of every slice, with some that list none of a slice's tokens, and padding."""
-    cases, names = [], []
-    for name in (*NAMES, "reverse_kl") if backend != "triton" else ("forward_kl",):
-        for tail in ("bucket", "truncate", "support"):
+    """Of logits: ids of every slice, with some that list none of a slice's tokens, padding, and a row of nothing."""
+    cases = []
+    for name, tail in LISTED:
+        for reduction, temperature in (("sum", 1.0), ("none", 2.0)):
             student, teacher = torch.randn(4, 40), 3.0 * torch.randn(4, 40)
             teacher[0, 10:] -= 20.0
-            teacher = fastkd.top_k(teacher, 5, tail=tail)
+            teacher = fastkd.top_k(teacher, 5, tail=tail, temperature=temperature)
             teacher.ids[1, 3:] = -1
-            keywords = {"divergence": DIVERGENCES[name].argument, "hard_weight": 0.5, "backend": backend}
-            cases.append((student, teacher, torch.tensor([3, 39, 11, 20]), keywords))
-            names.append(name)
-    results = ranks.run(sliced_loss, cases, size=size)
-    for name, (student, teacher, labels, _), *of_ranks in zip(names, cases, *results, strict=True):
-        leaf = student.double().requires_grad_()
-        definition = DIVERGENCES[name].definition
-        expected = reference.kd_loss(leaf, logits_of(teacher), labels, divergence=definition, hard_weight=0.5).loss
-        (grad,) = torch.autograd.grad(expected, leaf)
-        losses, grads = zip(*of_ranks, strict=True)
-        assert all(same_bits(loss, losses[0]) for loss in losses)
-        check_loss(losses[0], expected.detach())
-        check_gradient(torch.cat(grads, -1), grad)
+            teacher.ids[3] = -1
+            keywords = {
+                "hard_weight": 0.5, "backend": backend, "temperature": temperature, "reduction": reduction,
+                "inplace_backward": reduction == "sum",
+            }  # fmt: skip
+            cases.append((name, student, teacher, torch.tensor([3, 39, 11, 20]), keywords))
+    check_listed(ranks, size, cases, agree)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_listed_tokens_near_convergence(ranks: Ranks, backend: str) -> None:
+    """And far from 0; of some columns and of all, where nothing is left."""
+    cases = []
+    for name, tail in LISTED:
+        for noise, offset, k in ((1e-2, 0.0, 7), (1e-3, 0.0, 40), (0.5, 1000.0, 7)):
+            student = torch.randn(4, 40) + offset
+            teacher = fastkd.top_k(student + noise * torch.randn(4, 40), k, tail=tail, temperature=2.0)
+            keywords = {"backend": backend, "temperature": 2.0, "reduction": "none"}
+            cases.append((name, student, teacher, None, keywords))
+    check_listed(ranks, 4, cases, no_worse_than_whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_listed_tokens_over_minus_inf(ranks: Ranks, backend: str) -> None:
+    """Of the student: some columns, a slice of which nothing is listed, all of a slice; of both, a listed one."""
+    cases = []
+    for name, tail in LISTED:
+        student, teacher = torch.randn(4, 40), 3.0 * torch.randn(4, 40)
+        teacher[0, :10] = -torch.inf
+        teacher[1, 4:] = -torch.inf  # fewer tokens than are listed
+        teacher = fastkd.top_k(teacher, 5, tail=tail)
+        student[0, :10] = student[1, teacher.ids[1, 4]] = student[2, ::2] = -torch.inf
+        student[2, teacher.ids[2]] = 1.0
+        for reduction in ("none", "sum"):
+            keywords = {"backend": backend, "reduction": reduction, "hard_weight": 0.5}
+            cases.append((name, student, teacher, teacher.ids[:, 0].clone(), keywords))
+    check_listed(ranks, 4, cases, agree)
+
+
+def test_listed_tokens_with_triton(ranks: Ranks) -> None:
+    cases = []
+    for name, tail in (("forward_kl", "bucket"), ("jsd(0.5)", "support")):
+        teacher = fastkd.top_k(3.0 * torch.randn(2, 40), 5, tail=tail)
+        keywords = {"backend": "triton", "hard_weight": 0.5}
+        cases.append((name, torch.randn(2, 40), teacher, torch.tensor([3, 39]), keywords))
+    check_listed(ranks, 2, cases, agree)
 
 
 def test_products_of_half_precision(ranks: Ranks) -> None:

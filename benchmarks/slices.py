@@ -2,8 +2,8 @@
 
 python -m fastkd.bench.slices [--out FILE]
 
-Bytes are those of the messages that a rank sends, counted as they go; times are of loss and gradient, in a group of one
-process against the same call without one.
+Bytes are those of the messages that a rank sends, counted as they go; times are of loss and gradient, with one slice
+against the same call without any. A group of one has no slices: here it is told to have one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,24 @@ from torch import Tensor, distributed
 
 import fastkd
 from fastkd import _slices
+from fastkd._request import Place
 from fastkd.bench import run
 from fastkd.bench.timing import interleaved
 
 ROWS, COLUMNS, LISTED = 1024, 32000, 64
 DIVERGENCES = {"forward_kl": "forward_kl", "reverse_kl": "reverse_kl", "jsd(0.5)": fastkd.JSD(0.5), "tvd": "tvd"}
 BACKENDS = ("cpu", "torch")
+
+
+@contextmanager
+def one_slice() -> Iterator[None]:
+    """A group of one does what a larger one does."""
+    place_of = _slices.place_of
+    _slices.place_of = lambda group, width: Place("", group.group_name, width)
+    try:
+        yield
+    finally:
+        _slices.place_of = place_of
 
 
 @contextmanager
@@ -68,7 +80,7 @@ def bytes_of_a_row(group: distributed.ProcessGroup, rows: int) -> dict[str, list
     found = {}
     for name, of in calls.items():
         sent: list[int] = []
-        with counted(sent):
+        with one_slice(), counted(sent):
             of(vocab_group=group, backend="torch")
         found[name] = [size / rows for size in sent]
     return found
@@ -85,9 +97,10 @@ def times(
         for name, divergence in DIVERGENCES.items():
             of = functools.partial(call, leaf, teacher, labels, divergence=divergence, backend=backend, temperature=2.0)
             both = {"whole": of, "one slice": functools.partial(of, vocab_group=group)}
-            for contender in both.values():
-                contender()
-            samples = interleaved(both, "cpu", seconds)
+            with one_slice():
+                for contender in both.values():
+                    contender()
+                samples = interleaved(both, "cpu", seconds)
             found[f"{backend}, {name}"] = {key: sample["seconds"] for key, sample in samples.items()}
     return found
 

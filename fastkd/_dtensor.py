@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fastkd import _slices
-from fastkd._request import Place
+from fastkd._request import WHOLE, Place
 from fastkd.sources import LinearLogits, TopK
 
 Placements: TypeAlias = "tuple[Placement, ...]"
@@ -162,7 +162,8 @@ def _of_placements(name: str, mesh: DeviceMesh, placements: Placements, shape: t
     """Of logits of this shape."""
     last = len(shape) - 1
     rows: list[Placement] = []
-    row_groups, group, width = [], "", 0
+    row_groups: list[str] = []
+    group: ProcessGroup | None = None
     for dim, placement in enumerate(placements):
         if not (isinstance(placement, Replicate) or type(placement) is Shard):
             raise ValueError(
@@ -174,10 +175,11 @@ def _of_placements(name: str, mesh: DeviceMesh, placements: Placements, shape: t
         elif placement.dim % (last + 1) != last:
             rows.append(placement)
             row_groups.append(mesh.get_group(dim).group_name)
-        elif group:
+        elif group is not None:
             raise ValueError(f"{name}: got a vocabulary in slices over two mesh dimensions, must be over one")
         else:
             rows.append(Replicate())
-            group, width = mesh.get_group(dim).group_name, -(-shape[-1] // mesh.size(dim))
-    place = Place("", group, width)
-    return Spread(mesh, shape[:-1], placements, tuple(rows), place, shape[-1] if group else 0, tuple(row_groups))
+            group = mesh.get_group(dim)
+    place = WHOLE if group is None else _slices.place_of(group, -(-shape[-1] // group.size()))
+    in_slices = shape[-1] if place.group else 0
+    return Spread(mesh, shape[:-1], placements, tuple(rows), place, in_slices, tuple(row_groups))

@@ -42,6 +42,7 @@ from fastkd._request import (
     NUM_STATS,
     PEAK_STUDENT,
     PEAK_TEACHER,
+    WHOLE,
     Formula,
     Mix,
     Place,
@@ -129,12 +130,18 @@ def check_group(group: ProcessGroup | None) -> None:
         raise TypeError(f"vocab_group: got {type(group).__name__}, must be a process group: mesh.get_group() of a mesh")
 
 
+def place_of(group: ProcessGroup, width: int) -> Place:
+    """Of slices of so many columns. A group of one has no slices, and a call in it is as any other."""
+    return WHOLE if group.size() == 1 else Place("", group.group_name, width)
+
+
 def place_in(group: ProcessGroup, student: object) -> tuple[Place, int]:
     """(of slices as wide as the student's, in this group; columns of them all)."""
     check_group(group)
     columns, dim = (student.weight, 0) if isinstance(student, LinearLogits) else (student, -1)
     width = columns.shape[dim] if isinstance(columns, Tensor) and columns.dim() > 0 else 0
-    return Place("", group.group_name, width), group.size() * width
+    place = place_of(group, width)
+    return place, group.size() * width if place.group else 0
 
 
 def raise_together(place: Place, student: object, check: Callable[[], Result]) -> Result:

@@ -128,12 +128,12 @@ class Row {
     // Stage 2 alone, as SliceParams have it.
     void sums_from_stats(float* sums) {
         read_normalisers();
-        constexpr bool kTwoSided = Functor::kTwoSided;
-        const TermSums far = columns_from_stats<kTwoSided>();
-        const bool is_far = !(far.term < surely_far(functor_.numbers));
-        const TermSums near = kTwoSided || is_far ? far : columns_from_stats<true>();
-        sums[0] = far.term, sums[1] = far.g;
-        sums[2] = kTwoSided ? far.excess : near.term, sums[3] = kTwoSided ? far.other_g : near.g;
+        const TermSums far = columns_from_stats<false>();
+        const TermSums near = far.term < surely_far(functor_.numbers) ? columns_from_stats<true>() : far;
+        if (Functor::kTwoSided)
+            sums[0] = near.term, sums[1] = near.g, sums[2] = near.excess, sums[3] = near.other_g;
+        else
+            sums[0] = far.term, sums[1] = far.g, sums[2] = near.term, sums[3] = near.g;
     }
 
    private:
@@ -344,7 +344,7 @@ class Row {
     template <bool kFromStats>
     void stage3() {
         if constexpr (!kSoft) return stage3<kFromStats, GradSource::kNoSoft>();
-        if constexpr (kSoft && !kSummed) {
+        if constexpr (kSoft && (kFromStats || !kSummed)) {  // stage 2 of this call has kept no g
             if (!near_) return stage3<kFromStats, GradSource::kFunctor>();
         }
         if constexpr (kSoft) stage3<kFromStats, GradSource::kKept>();
@@ -371,10 +371,7 @@ class Row {
                                                                               sums);
                     if constexpr (kSource == GradSource::kKept) {
                         TermSums terms;
-                        if (near_)
-                            evaluate<true, true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
-                        else
-                            evaluate<false, true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
+                        evaluate<true, true>(functor_, t.z, t.u, t.n, by, e_s_, e_t_, terms);
                     }
                 }
                 around_label(t, [&](int first, int end, bool is_label) {

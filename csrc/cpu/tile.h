@@ -106,7 +106,7 @@ struct TileFactors {
 struct TermSums {
     float term = 0.0f, g = 0.0f;
     float other_g = 0.0f;  // of a two-sided g, less p_s
-    float excess = 0.0f;   // of the near form: Σ p_t − p_s
+    float excess = 0.0f;   // Σ p_t − p_s, of the near form and of a two-sided one
 };
 
 // Stage 2: the sums of term and g. g is kept in e_t's place if asked for, where the near form may find that of the far.
@@ -123,7 +123,10 @@ FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, co
         sum_term += column.term;
         sum_g += column.g;
         if constexpr (Functor::kTwoSided) sum_other += column.g - p_s;
-        if constexpr (kNear) sum_excess += Excess(d, p_t, p_s).mass;
+        if constexpr (kNear)
+            sum_excess += Excess(d, p_t, p_s).mass;
+        else if constexpr (Functor::kTwoSided && !kKeepG)
+            sum_excess += p_t - p_s;
         if constexpr (kKeepG) e_t[j] = column.g;
     }
     sums.term += sum_term;
@@ -147,13 +150,12 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
         if constexpr (kSource != GradSource::kNoSoft) {
             const float p_s = f.p_s * e_s[j];
             TermGrad column = {0.0f, e_t[j]};
-            if constexpr (kSource == GradSource::kKept) {
-                if constexpr (Functor::kTwoSided) column.g -= f.other_side * p_s;
-            } else {
+            if constexpr (kSource == GradSource::kFunctor) {
                 float d = 0.0f;
                 if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift);
                 column = functor.template column<false>(d, f.p_t * e_t[j], p_s);
             }
+            if constexpr (Functor::kTwoSided) column.g -= f.other_side * p_s;
             sum += f.soft * soft_gradient<Functor>(column.g, column.apart, p_s, f.grad_sum);
         }
         if constexpr (kHard == Hard::kOwn) {

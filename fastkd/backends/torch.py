@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,19 +62,20 @@ def kd_rows(rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor
 
 def kd_grad(rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
     def soft_term(at: slice, chunk: Rows, z: Tensor, exps: Tensor, of_chunk: Tensor) -> tuple[Tensor, Tensor]:
-        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
-        is_near = of_chunk[:, GRAD_FORM, None] != 0
+        columns = _Columns(spec, chunk, z, exps, of_chunk)
+        form = of_chunk[:, GRAD_FORM, None]
+        is_near = form != 0
         g: Tensor | None
         if spec.summands[-1].mix == Mix.TEACHER:
             g = None
         elif spec.formula == Formula.TOTAL_VARIATION:
-            g = _sides(columns)[0].sub_(torch.where(is_near, columns.p_s, 0.0))
+            g = _above(columns).addcmul_(columns.p_s, form, value=-1.0)
         elif is_near.is_cpu and not bool(is_near.any()):
-            g = _far(spec, columns)[1]
+            g = _far_g(spec, columns)
         elif is_near.is_cpu and bool(is_near.all()):
             g = _near(spec, columns)[1]
         else:
-            g = torch.where(is_near, _near(spec, columns)[1], _far(spec, columns)[1])
+            g = torch.where(is_near, _near(spec, columns)[1], _far_g(spec, columns))
         return z[:, 0], _soft_gradient(spec, chunk, columns, g, of_chunk)
 
     _walk(rows, spec, stats, grad, soft_term)
@@ -85,7 +86,7 @@ def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
     for at, chunk, _ in _chunks(rows, spec.vocab_size, None, sums.dtype):
         z, of_chunk = chunk.student, stats[at]
         exps = _exps(z, of_chunk[:, PEAK_STUDENT, None], spec.temperature)
-        columns = _columns(spec, chunk, z, exps, _teacher_exps(spec, chunk, of_chunk), of_chunk)
+        columns = _Columns(spec, chunk, z, exps, of_chunk)
         # Terms are >= 0: where those of the slice are not small, neither is the value.
         if spec.formula == Formula.TOTAL_VARIATION:
             difference = columns.p_t - columns.p_s
@@ -246,19 +247,31 @@ def _is_listed(z: Tensor, listed: Tensor) -> Tensor:
     return marks.scatter_(1, torch.where(index < 0, columns, index), True)[:, :-1]
 
 
-class _Columns(NamedTuple):
-    """What the terms of a divergence are made of, [R, n]."""
+class _Columns:
+    """What the terms of a divergence are made of, [R, n], each made when it is asked for.
 
-    d: Tensor  # log p_t − log p_s
-    p_t: Tensor
-    p_s: Tensor
+    From the row's normalisers alone, whoever summed them; ``u_exps``, exp((u − peak)/T) if at hand, are consumed.
+    """
 
+    def __init__(
+        self, spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, stats: Tensor, u_exps: Tensor | None = None
+    ) -> None:
+        self._spec, self._chunk, self._z, self._z_exps, self._stats = spec, chunk, z, z_exps, stats
+        self._u_exps = u_exps
 
-def _columns(spec: RowSpec, chunk: Rows, z: Tensor, z_exps: Tensor, u_exps: Tensor, stats: Tensor) -> _Columns:
-    """From the row's normalisers alone, whoever summed them; ``u_exps`` is consumed."""
-    log_student, log_ratio = stats[:, LOG_STUDENT, None], stats[:, LOG_RATIO, None]
-    p_t, p_s = u_exps.mul_(torch.exp(-(log_student + log_ratio))), z_exps * torch.exp(-log_student)
-    return _Columns(_log_ratio(spec, chunk, z, stats), p_t, p_s)
+    @functools.cached_property
+    def d(self) -> Tensor:
+        """log p_t − log p_s."""
+        return _log_ratio(self._spec, self._chunk, self._z, self._stats)
+
+    @functools.cached_property
+    def p_t(self) -> Tensor:
+        exps = _teacher_exps(self._spec, self._chunk, self._stats) if self._u_exps is None else self._u_exps
+        return exps.mul_(torch.exp(-(self._stats[:, LOG_STUDENT, None] + self._stats[:, LOG_RATIO, None])))
+
+    @functools.cached_property
+    def p_s(self) -> Tensor:
+        return self._z_exps * torch.exp(-self._stats[:, LOG_STUDENT, None])
 
 
 def _log_ratio(spec: RowSpec, chunk: Rows, z: Tensor, stats: Tensor) -> Tensor:
@@ -291,17 +304,17 @@ def _soft_term(
     stats[:, LOG_STUDENT] = z_sum.log()
     # Where the student has no mass, the teacher's alone.
     stats[:, LOG_RATIO] = (u_sum / torch.where(z_sum == 0, 1.0, z_sum)).log_()
-    columns = _columns(spec, chunk, z, z_exps, u_exps, stats)
+    columns = _Columns(spec, chunk, z, z_exps, stats, u_exps)
     broken = 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])  # what _no_nan hides of a NaN in the logits
     if spec.formula == Formula.TOTAL_VARIATION:
-        soft, g, columns = _total_variation(spec, chunk, z, columns, stats)
+        soft, g = _total_variation(columns, stats)
     else:
         terms, g = _far(spec, columns)
         soft = terms.sum(-1) + broken
         stats[:, GRAD_SUM] = -spec.c_t if spec.summands[-1].mix == Mix.STUDENT else g.sum(-1)
         near = soft < spec.near_below
         if not near.is_cpu or bool(near.any()):
-            columns = _centred(spec, chunk, z, columns, stats, near)
+            _centre(columns, stats, near)
             near_terms, near_g = _near(spec, columns)
             soft, g = torch.where(near, near_terms.sum(-1), soft), torch.where(near.unsqueeze(1), near_g, g)
             stats[:, GRAD_SUM] = torch.where(near, near_g.sum(-1), stats[:, GRAD_SUM])
@@ -343,34 +356,53 @@ def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor | No
 
 def _far(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """(terms, g) of every mixture, and of a sum of two."""
-    terms, g = _FAR[spec.summands[0].mix](spec, *columns)
+    terms, g = _FAR[spec.summands[0].mix](spec, columns)
     for other in spec.summands[1:]:
-        more, g = _FAR[other.mix](other, *columns)
+        more, g = _FAR[other.mix](other, columns)
         terms = terms + more
     return terms, g
 
 
-def _student_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
+def _far_g(spec: RowSpec, columns: _Columns) -> Tensor:
+    """g alone, where the teacher is no mixture."""
+    if spec.mix == Mix.STUDENT:
+        return columns.p_t * -spec.c_t
+    y = _log_odds(spec, columns)
+    return _both_g(spec, columns, y, _softplus(y))
+
+
+def _student_mixture(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """m = p_s: g = −c_t·p_t."""
-    terms = _no_nan(p_t * d)
-    return terms if spec.c_t == 1.0 else terms.mul_(spec.c_t), p_t * -spec.c_t
+    terms = _no_nan(columns.p_t * columns.d)
+    return terms if spec.c_t == 1.0 else terms.mul_(spec.c_t), _far_g(spec, columns)
 
 
-def _teacher_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
+def _teacher_mixture(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """m = p_t: g = −c_s·p_s·d. Where the student has mass and the teacher none, the value is inf and the gradient 0."""
-    g = _no_nan(p_s * d).mul_(-spec.c_s)
+    g = _no_nan(columns.p_s * columns.d).mul_(-spec.c_s)
     return g, g
 
 
-def _both_mixture(spec: RowSpec, d: Tensor, p_t: Tensor, p_s: Tensor) -> tuple[Tensor, Tensor]:
+def _both_mixture(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """y = d + log r: p_t/m = sigmoid(y)/w, log(m/p_s) = softplus(y) + log(1−w), log(m/p_t) = softplus(−y) + log w."""
+    y = _log_odds(spec, columns)
+    of_small = _log1p_exp(y)
+    softplus = of_small + y.clamp(min=0.0)
+    terms = _no_nan((softplus + math.log1p(-spec.w)).mul_(columns.p_s)).mul_(-spec.c_s)
+    minus = of_small.sub_(y.clamp(max=0.0)).add_(math.log(spec.w))
+    terms.add_(_no_nan(minus.mul_(columns.p_t)), alpha=-spec.c_t)
+    return terms, _both_g(spec, columns, y, softplus)
+
+
+def _log_odds(spec: RowSpec, columns: _Columns) -> Tensor:
+    return columns.d + (math.log(spec.w) - math.log1p(-spec.w))
+
+
+def _both_g(spec: RowSpec, columns: _Columns, y: Tensor, softplus: Tensor) -> Tensor:
+    """Written over softplus(y); y is consumed."""
     c_t, c_s, w = spec.c_t, spec.c_s, spec.w
-    y = d + (math.log(w) - math.log1p(-w))
-    softplus = _softplus(y)
-    terms = _no_nan(p_s * (softplus + math.log1p(-w))).mul_(-c_s)
-    terms.add_(_no_nan(p_t * (_softplus(-y) + math.log(w))), alpha=-c_t)
     slope = softplus.mul_(-c_s).add_(y.sigmoid_(), alpha=c_s - c_t * (1.0 - w) / w)
-    return terms, _no_nan(p_s * slope)
+    return _no_nan(slope.mul_(columns.p_s))
 
 
 _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: _both_mixture}
@@ -378,8 +410,10 @@ _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: 
 
 def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """The same where the two are close; the terms have the masses m − p added, so that each is >= 0."""
-    d, p_t, p_s = columns
-    d = d.clamp(-80.0, 80.0)  # beyond, a column has no mass on one side, and all that multiplies it must stay finite
+    p_t, p_s = columns.p_t, columns.p_s
+    d = columns.d.clamp(
+        -80.0, 80.0
+    )  # beyond, a column has no mass on one side, and all that multiplies it must stay finite
     last = spec.summands[-1]
     if last.mix == Mix.TEACHER:
         terms, g = last.c_s * _bregman(p_s, -d, p_t), (d * -last.c_s).mul_(p_s)
@@ -396,17 +430,17 @@ def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     return terms, slope.mul_(p_s)
 
 
-def _centred(spec: RowSpec, chunk: Rows, z: Tensor, columns: _Columns, stats: Tensor, near: Tensor) -> _Columns:
-    """Of rows that are near, without what the rounding of the normalisers adds to all d: it shows in Σ (p_t − p_s)."""
+def _centre(columns: _Columns, stats: Tensor, near: Tensor) -> None:
+    """Take from rows that are near what the rounding of the normalisers adds to all d: it shows in Σ (p_t − p_s)."""
     excess = torch.where(near, _difference(columns).sum(-1), 0.0)
     stats[:, LOG_RATIO] += excess
-    p_t = columns.p_t * torch.exp(-excess).unsqueeze(1)
-    return columns._replace(d=_log_ratio(spec, chunk, z, stats), p_t=p_t)
+    columns.p_t = columns.p_t * torch.exp(-excess).unsqueeze(1)
+    del columns.d  # to be made again
 
 
 def _difference(columns: _Columns) -> Tensor:
     """p_t − p_s, with all its digits as d → 0."""
-    d, p_t, p_s = columns
+    d, p_t, p_s = columns.d, columns.p_t, columns.p_s
     return torch.where(d.abs() < 0.5, torch.expm1(d.clamp(-1.0, 1.0)).mul_(p_s), p_t - p_s)
 
 
@@ -421,26 +455,28 @@ def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, series.add_(0.5).mul_(x).mul_(x).mul_(p), far)
 
 
-def _total_variation(
-    spec: RowSpec, chunk: Rows, z: Tensor, columns: _Columns, stats: Tensor
-) -> tuple[Tensor, Tensor, _Columns]:
-    """(soft, g, columns): g is of the side that has less of p_s."""
+def _total_variation(columns: _Columns, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """(soft, g): g is of the side that has less of p_s."""
     soft = 0.5 * (columns.p_t - columns.p_s).abs_().sum(-1)
     near = soft < NEAR
     if not near.is_cpu or bool(near.any()):
-        columns = _centred(spec, chunk, z, columns, stats, near)
+        _centre(columns, stats, near)
         soft = 0.5 * _difference(columns).abs_().sum(-1)
     above, below = _sides(columns)
     of_above, of_below = above.sum(-1), below.sum(-1)
     other = of_above > -of_below
     stats[:, GRAD_SUM], stats[:, GRAD_FORM] = torch.where(other, of_below, of_above), other.to(stats.dtype)
-    return soft, above.addcmul_(columns.p_s, other.to(above.dtype).unsqueeze(1), value=-1.0), columns
+    return soft, above.addcmul_(columns.p_s, other.to(above.dtype).unsqueeze(1), value=-1.0)
 
 
 def _sides(columns: _Columns) -> tuple[Tensor, Tensor]:
     """g = p_s·[p_s > p_t] and −p_s·[p_s < p_t]; where they tie, half of each."""
-    above = columns.d.sign().mul_(-0.5).add_(0.5).mul_(columns.p_s)
+    above = _above(columns)
     return above, above - columns.p_s
+
+
+def _above(columns: _Columns) -> Tensor:
+    return columns.d.sign().mul_(-0.5).add_(0.5).mul_(columns.p_s)
 
 
 def _hard_term(spec: RowSpec, chunk: Rows, z: Tensor, exps: Tensor, stats: Tensor) -> Tensor:
@@ -513,7 +549,12 @@ def _untempered(exps: Tensor, z: Tensor, peak: Tensor, temperature: float) -> Te
 
 def _softplus(x: Tensor) -> Tensor:
     """log(1 + e^x). PyTorch's own gives x above 20, which float64 tells from it."""
-    return x.abs().neg_().exp_().log1p_().add_(x.clamp(min=0.0))
+    return _log1p_exp(x).add_(x.clamp(min=0.0))
+
+
+def _log1p_exp(x: Tensor) -> Tensor:
+    """log(1 + e^−|x|)."""
+    return x.abs().neg_().exp_().log1p_()
 
 
 def _no_nan(x: Tensor) -> Tensor:

@@ -8,34 +8,37 @@ namespace {
 namespace py = pybind11;
 using namespace fastkd;
 
-Queue queue(int device, uintptr_t stream) { return {device, reinterpret_cast<cudaStream_t>(stream)}; }
+// (device, stream, a function that gives the address of so many zeros).
+Queue queue(const py::tuple& on) {
+    const py::object zeros = on[2];
+    return {on[0].cast<int>(), reinterpret_cast<cudaStream_t>(on[1].cast<uintptr_t>()),
+            [zeros](int64_t bytes) { return pointer<void>(zeros(bytes).cast<uintptr_t>()); }};
+}
 
 std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
                     uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t soft,
                     uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n, int64_t columns, float temperature,
-                    int formula, float c_t, float c_s, float w, float smoothing, bool from_stats, int device,
-                    uintptr_t stream) {
+                    int formula, float c_t, float c_s, float w, float smoothing, bool from_stats, const py::tuple& on) {
     const KDRowsParams p =
         kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows, n,
                        columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
-    const Queue on = queue(device, stream);
     const DType kernel = p.common_dtype();
-    return kernel == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, on)
-           : kernel == DType::kFloat16 ? launch_kd_rows<float16>(p, on)
-                                       : launch_kd_rows<float>(p, on);
+    return kernel == DType::kBFloat16  ? launch_kd_rows<bfloat16>(p, queue(on))
+           : kernel == DType::kFloat16 ? launch_kd_rows<float16>(p, queue(on))
+                                       : launch_kd_rows<float>(p, queue(on));
 }
 
 std::string slice_sums(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
                        uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t soft,
                        uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n, int64_t columns,
                        float temperature, int formula, float c_t, float c_s, float w, float smoothing, bool from_stats,
-                       uintptr_t sums, int device, uintptr_t stream) {
+                       uintptr_t sums, const py::tuple& on) {
     SliceParams p;
     static_cast<KDRowsParams&>(p) =
         kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, soft, stats, rows, inner_rows, n,
                        columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     p.sums = pointer<float>(sums);
-    return launch_slice_sums(p, queue(device, stream));
+    return launch_slice_sums(p, queue(on));
 }
 
 // ``scratch`` is of the outcomes' size, where there is a gradient.
@@ -43,31 +46,30 @@ std::string rest_rows(const py::tuple& z, const py::tuple& u, const py::tuple& d
                       uintptr_t hard_scale, uintptr_t soft_scale, uintptr_t z_scale, uintptr_t hard, uintptr_t rest,
                       uintptr_t stats, int64_t rows, int64_t inner_rows, int64_t n, int64_t columns,
                       float temperature, int formula, float c_t, float c_s, float w, float smoothing, bool from_stats,
-                      uintptr_t listed, int64_t k, uintptr_t outcome_grad, uintptr_t scratch, int device,
-                      uintptr_t stream) {
+                      uintptr_t listed, int64_t k, uintptr_t outcome_grad, uintptr_t scratch, const py::tuple& on) {
     RestParams p;
     static_cast<KDRowsParams&>(p) =
         kd_rows_params(z, u, dz, labels, hard_scale, soft_scale, z_scale, hard, rest, stats, rows, inner_rows, n,
                        columns, temperature, formula, c_t, c_s, w, smoothing, from_stats);
     p.listed = pointer<const int32_t>(listed), p.k = k;
     p.outcome_grad = pointer<const float>(outcome_grad);
-    return launch_rest(p, pointer<float>(scratch), queue(device, stream));
+    return launch_rest(p, pointer<float>(scratch), queue(on));
 }
 
 std::string log_softmax(const py::tuple& x, const py::tuple& out, const py::tuple& dy, uintptr_t lse, int64_t rows,
-                        int64_t inner_rows, int64_t columns, float temperature, int device, uintptr_t stream) {
+                        int64_t inner_rows, int64_t columns, float temperature, const py::tuple& on) {
     return launch_log_softmax(log_softmax_params(x, out, dy, lse, rows, inner_rows, columns, temperature),
-                              queue(device, stream));
+                              queue(on));
 }
 
-std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t columns, uintptr_t scalar, int device,
-                  uintptr_t stream) {
+std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t columns, uintptr_t scalar,
+                  const py::tuple& on) {
     ScaleParams p;
     p.x = matrix(x), p.rows = rows, p.inner_rows = inner_rows, p.columns = columns;
-    return launch_scale(p, pointer<const float>(scalar), queue(device, stream));
+    return launch_scale(p, pointer<const float>(scalar), queue(on));
 }
 
-// For a test: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of shared
+// For a test, as are parts: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of shared
 // memory), the best first.
 py::list plans_for(int major, int block_shared, int sm_shared, int reserved_shared, int64_t vectors, int tensors) {
     py::list grids;
@@ -86,4 +88,5 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("scale", &scale);
     m.def("supports_device", &supports_device);
     m.def("plans", &plans_for);
+    m.def("parts", &parts_of);
 }

@@ -15,13 +15,6 @@
 
 namespace fastkd {
 
-// Clusters of blocks, and stores that complete on a barrier of the block they go to, exist from sm_90 on.
-#if __CUDA_ARCH__ >= 900
-constexpr bool kHasClusters = true;
-#else
-constexpr bool kHasClusters = false;
-#endif
-
 // From sm_100 on pairs of floats are multiplied, whose registers must be neighbours: longer walks do not fit 80 there.
 #if __CUDA_ARCH__ >= 1000
 constexpr bool kPairsRegisters = true;
@@ -34,6 +27,10 @@ FASTKD_D int block_threads() { return static_cast<int>(blockDim.x); }
 FASTKD_D int block_rank() { return static_cast<int>(blockIdx.x); }
 FASTKD_D int grid_blocks() { return static_cast<int>(gridDim.x); }
 
+// The grid's second dimension.
+FASTKD_D int part_rank() { return static_cast<int>(blockIdx.y); }
+FASTKD_D int part_count() { return static_cast<int>(gridDim.y); }
+
 FASTKD_D float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 FASTKD_D uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
@@ -44,7 +41,8 @@ FASTKD_D void block_barrier() { __syncthreads(); }
 
 FASTKD_D void atomic_or(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 
-// Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, and where no cluster was launched.
+// Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, which has no clusters nor stores that complete on a
+// barrier of the block they go to, and where no cluster was launched.
 FASTKD_D int cluster_rank() {
     unsigned rank = 0;
 #if __CUDA_ARCH__ >= 900
@@ -126,6 +124,19 @@ FASTKD_D void store_async(float* local, int rank, float value, Barrier* barrier)
 #endif
 }
 
+// A barrier of blocks that all run at once: a number in global memory, 0 at first. What threads wrote before they arrived
+// is seen by everyone who has waited for all of them.
+FASTKD_D void global_arrive(uint32_t* arrived) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+}
+
+FASTKD_D void global_wait(const uint32_t* arrived, int count) {
+    uint32_t seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+    } while (seen < static_cast<uint32_t>(count));
+}
+
 // 16 bytes from global to shared memory, if ``wanted``, which this thread sees once it has waited. A predicate, not a
 // branch.
 FASTKD_D void copy_async(void* shared, const void* global, bool wanted) {
@@ -157,5 +168,6 @@ namespace fastkd {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
 constexpr int kMaxCluster = 16;
+constexpr int kMaxParts = kWarp;  // a lane merges the state of one
 
 }  // namespace fastkd

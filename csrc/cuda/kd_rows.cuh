@@ -13,8 +13,9 @@
 //         loops, and one warp of a block works out what is the same in a row; tests/csrc counts the instructions.
 // Grid    as many clusters of C blocks (1, 2, 4, 8 or 16) as the device holds, of up to 256 threads each. A block has a
 //         contiguous slice of the row, whose vectors its threads take in turn. In stage 3 a thread that has read a
-//         vector for the last time begins the copy of the next row's into its place.
-// Merge   lanes, then the warps of a block, then the blocks of the cluster, see reduce.cuh: always in the same order, so
+//         vector for the last time begins the copy of the next row's into its place. A row that is streamed has blocks
+//         of its own: one, or where rows are few up to 32, its parts.
+// Merge   lanes, then the warps of a block, then the blocks of the row, see reduce.cuh: always in the same order, so
 //         that results do not depend on the number of clusters.
 #pragma once
 
@@ -27,8 +28,7 @@
 namespace fastkd {
 
 // What is the same in all rows, beside the params.
-struct RowGrid {
-    int share;          // vectors of a block
+struct RowGrid : Split {
     bool hard, writes;  // softmax(z) at temperature 1 is wanted, for labels or a z-loss; there is a gradient to write
     bool is_power;  // exp(z) is a power of exp(z/T), T being 1 or 2, or there is no hard term to use it
     bool smooths;
@@ -36,7 +36,7 @@ struct RowGrid {
     float log_w, log_v;  // log₂ of w and 1 − w
 };
 
-// The params as the kernel wants them, and all of its grid but the share.
+// The params as the kernel wants them, and all of its grid but how it is split.
 template <class Functor>
 RowGrid prepare_rows(KDRowsParams& p, const Functor& functor) {
     // Rows at one distance from each other need no division.
@@ -97,6 +97,8 @@ struct KDRow {
     static constexpr Moment kMoment = kMomentOf<Functor>;
     static constexpr bool kSummed = kSoft && kMoment == Moment::kNone;  // stage 2 always runs
     using Reader = RowReader<T, kSoft, kResident>;
+    using Blocks = RowBlocks<kResident>;
+    using Exchange = fastkd::Exchange<kResident>;
 
     const KDRowsParams& p;
     Linear<Functor> linear;
@@ -158,8 +160,8 @@ struct KDRow {
         if (!grid.writes || static_cast<int>(first) == static_cast<int>(p.columns)) return;
         const int64_t size = size_of(dtype_of(p.dz));
         char* const data = p.dz.data + place.dz;
-        store_zeros(data + first * size, data + p.columns * size, cluster_rank() * block_threads() + thread_rank(),
-                    cluster_size() * block_threads());
+        store_zeros(data + first * size, data + p.columns * size, Blocks::rank() * block_threads() + thread_rank(),
+                    Blocks::count() * block_threads());
     }
 
     // The next row from this one on that counts. Those that do not are not read.
@@ -172,7 +174,7 @@ struct KDRow {
         return task;
     }
 
-    static FASTKD_D bool is_first() { return cluster_rank() == 0 && thread_rank() == 0; }
+    static FASTKD_D bool is_first() { return Blocks::rank() == 0 && thread_rank() == 0; }
 
     // ---- Stage 1
 
@@ -494,14 +496,14 @@ constexpr int kBlocks = kResident && !(kSummed && (kPairsRegisters || sizeof(T) 
 template <class T, class Functor, bool kSoft, bool kResident>
 FASTKD_KERNEL void FASTKD_BOUNDS((kBlocks<T, kSoft && kMomentOf<Functor> == Moment::kNone, kResident>))
 kd_rows_kernel(const KDRowsParams p, const Functor functor, const RowGrid grid) {
-    FASTKD_SHARED(Exchange, exchange);
+    FASTKD_SHARED(Exchange<kResident>, exchange);
     FASTKD_SHARED(RowNumbers, numbers);
     using Kernel = KDRow<T, Functor, kSoft, kResident>;
     Kernel kernel(p, functor, grid);
 
-    if (thread_rank() == 0) exchange.init();
+    if (thread_rank() == 0) exchange.blocks.init(grid, block_rank());
     cluster_arrive();
-    // A row that is not kept has a block of its own.
+    // A row that is not kept has blocks of its own.
     const int step = kResident ? grid_blocks() / cluster_size() : kernel.rows();
     Task task = kernel.next_that_counts(kernel.fetch(block_rank() / cluster_size()), step);
     Place place = kernel.place(task.row);

@@ -14,14 +14,14 @@ std::string launch_kd_rows(const KDRowsParams& params, const Queue& queue) {
         constexpr bool kSoft = decltype(soft)::value;
         Kernels kernels = {reinterpret_cast<const void*>(kd_rows_kernel<T, Functor, kSoft, true>),
                            reinterpret_cast<const void*>(kd_rows_kernel<T, Functor, kSoft, false>)};
-        kernels.keeps = !p.from_stats;
+        kernels.once = p.from_stats;
         kernels.walks = true;
         kernels.companion = scale_kernel_of(p.dz.data ? p.dz.dtype : p.z.dtype);
         Functor f = functor;
         RowGrid grid = prepare_rows(p, functor);
         void* arguments[] = {&p, &f, &grid};
         const Sizes sizes = {max_vectors<T>(p.n), kSoft ? 2 : 1, p.rows, p.columns};
-        return launch("kd_rows", kernels, sizes, arguments, grid.share, queue);
+        return launch("kd_rows", kernels, sizes, arguments, grid, queue);
     };
     const Numbers numbers{static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w};
     if (!p.u.data) return run(NoSoftTerm{}, std::false_type{});

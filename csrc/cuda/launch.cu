@@ -35,17 +35,22 @@ cudaError_t read_limits(int device, Limits& limits, int& sms) {
 // Holds what a launch refers to.
 struct Config {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute cluster;
+    cudaLaunchAttribute attribute;
 
-    Config(const Plan& plan, int64_t clusters, cudaStream_t stream) {
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-        config.gridDim = dim3(static_cast<unsigned>(clusters * plan.cluster));
+    Config(const Plan& plan, int64_t clusters, cudaStream_t stream, int parts = 1, bool meet = false) {
+        if (meet) {  // all blocks run at once, or none
+            attribute.id = cudaLaunchAttributeCooperative;
+            attribute.val.cooperative = 1;
+        } else {
+            attribute.id = cudaLaunchAttributeClusterDimension;
+            attribute.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+        }
+        config.gridDim = dim3(static_cast<unsigned>(clusters * plan.cluster), parts);
         config.blockDim = dim3(plan.threads);
         config.dynamicSmemBytes = plan.shared;
         config.stream = stream;
-        config.attrs = &cluster;
-        config.numAttrs = plan.cluster > 1 ? 1 : 0;
+        config.attrs = &attribute;
+        config.numAttrs = meet || plan.cluster > 1 ? 1 : 0;
     }
     Config(const Config&) = delete;
 };
@@ -85,6 +90,7 @@ bool is_capturing(cudaStream_t stream) {
 struct Ready {
     Plan plan;
     int64_t held;  // clusters
+    int sms;
 };
 
 // Loads the kernels of a call and chooses the plan, once. Nothing is kept of a failure, nor chosen in a capture, where a
@@ -101,15 +107,15 @@ std::string make_ready(const Kernels& kernels, const Sizes& sizes, const Queue& 
     if (is_capturing(queue.stream))
         return "a CUDA graph cannot capture the first call of its kind: make one like it before, on this device";
     Limits limits;
-    int sms = 0;
-    cudaError_t status = read_limits(queue.device, limits, sms);
+    cudaError_t status = read_limits(queue.device, limits, ready.sms);
     for (const void* kernel : {kernels.resident, kernels.streaming, kernels.companion}) {
         if (status == cudaSuccess) status = load(kernel);
     }
     if (status != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
     for (const Plan& plan : plans(limits, sizes.vectors, sizes.tensors)) {
         if (plan.resident && !kernels.resident) continue;
-        ready = {plan, plan.resident ? clusters_held(kernels.resident, plan, sms) : INT_MAX};
+        ready.plan = plan;
+        ready.held = plan.resident ? clusters_held(kernels.resident, plan, ready.sms) : INT_MAX;
         if (ready.held > 0) break;
     }
     known.emplace(key, ready);
@@ -148,21 +154,46 @@ std::vector<Plan> plans(const Limits& limits, int64_t vectors, int tensors) {
     return all;
 }
 
-std::string launch(const char* name, const Kernels& kernels, const Sizes& sizes, void** arguments, int& share,
+int parts_of(int64_t rows, int64_t vectors, int sms) {
+    const int64_t most = std::min<int64_t>(sms / std::max<int64_t>(rows, 1), vectors / (2 * kMaxThreads));
+    return static_cast<int>(std::clamp<int64_t>(most, 1, kMaxParts));
+}
+
+namespace {
+
+// Streams the rows, each by so many blocks.
+cudaError_t stream(const Kernels& kernels, const Sizes& sizes, void** arguments, Split& split, const Queue& queue,
+                   int parts) {
+    const bool meet = parts > 1 && !kernels.once;
+    split.share = static_cast<int>(divide_up(sizes.vectors, parts));
+    split.meetings = meet ? static_cast<Meeting*>(queue.zeros(sizes.rows * sizeof(Meeting))) : nullptr;
+    const Config all({false, 1, kMaxThreads, split.share, 0}, sizes.rows, queue.stream, parts, meet);
+    const cudaError_t status = cudaLaunchKernelExC(&all.config, kernels.streaming, arguments);
+    // A process may have been given fewer SMs than the device says.
+    if (status != cudaErrorCooperativeLaunchTooLarge) return status;
+    cudaGetLastError();
+    return stream(kernels, sizes, arguments, split, queue, 1);
+}
+
+}  // namespace
+
+std::string launch(const char* name, const Kernels& kernels, const Sizes& sizes, void** arguments, Split& split,
                    const Queue& queue) {
     const Plan streaming = {false, 1, kMaxThreads, sizes.vectors, 0};
-    Ready ready = {streaming, INT_MAX};
+    Ready ready = {streaming, INT_MAX, 0};
     std::string error;
     cudaError_t status = cudaSetDevice(queue.device);
     if (sizes.rows > INT_MAX / kMaxCluster || sizes.columns > INT_MAX / 2) status = cudaErrorInvalidConfiguration;
     if (status == cudaSuccess) error = make_ready(kernels, sizes, queue, ready);
-    if (!kernels.keeps) ready = {streaming, INT_MAX};
-    const Plan& plan = ready.plan;
+    const Plan& plan = kernels.once ? streaming : ready.plan;
     if (status == cudaSuccess && error.empty()) {
-        share = static_cast<int>(plan.share);
-        const bool walks = kernels.walks && plan.resident;
-        const Config all(plan, walks ? std::min(sizes.rows, ready.held) : sizes.rows, queue.stream);
-        status = cudaLaunchKernelExC(&all.config, plan.resident ? kernels.resident : kernels.streaming, arguments);
+        if (plan.resident) {
+            split = {static_cast<int>(plan.share), nullptr};
+            const Config all(plan, kernels.walks ? std::min(sizes.rows, ready.held) : sizes.rows, queue.stream);
+            status = cudaLaunchKernelExC(&all.config, kernels.resident, arguments);
+        } else {
+            status = stream(kernels, sizes, arguments, split, queue, parts_of(sizes.rows, sizes.vectors, ready.sms));
+        }
     }
     if (status != cudaSuccess) error = cudaGetErrorString(status);
     if (error.empty()) return {};

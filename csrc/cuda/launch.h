@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -10,10 +11,13 @@
 
 namespace fastkd {
 
+struct Split;
+
 // Where a launch goes. The device is set, since this runtime, linked statically, need not know of another's choice.
 struct Queue {
     int device;
     cudaStream_t stream;
+    std::function<void*(int64_t)> zeros;  // so many bytes of the device's memory, for what is launched next
 };
 
 // What of a device decides a grid; sizes in bytes.
@@ -33,10 +37,14 @@ struct Plan {
 // last one streams, which every device can.
 std::vector<Plan> plans(const Limits& limits, int64_t vectors, int tensors);
 
+// Blocks of a row that is streamed: several where at most half as many rows as SMs would leave the others idle. A thread
+// gets two vectors at least: what it does once a row costs more than they do.
+int parts_of(int64_t rows, int64_t vectors, int sms);
+
 // The kernels of a call and of those that belong to it. All are loaded at the first, so that a later one can be captured.
 struct Kernels {
     const void *resident, *streaming;     // the two instantiations; resident: null if there is none
-    bool keeps = true;                    // rows are kept, where the device can
+    bool once = false;                    // a row is walked over once: not kept, and its blocks need not meet
     bool walks = false;                   // a cluster walks over rows until there are none; else it takes one
     const void* companion = nullptr;      // what a backward of this call launches besides
 };
@@ -48,8 +56,8 @@ struct Sizes {
 };
 
 // Launches the resident kernel with the best grid of which the device can hold a cluster, or the streaming one.
-// ``arguments`` may point to ``share``, which is set. ``name`` and the sizes go into the error's text.
-std::string launch(const char* name, const Kernels& kernels, const Sizes& sizes, void** arguments, int& share,
+// ``arguments`` point to what holds ``split``, which is set. ``name`` and the sizes go into the error's text.
+std::string launch(const char* name, const Kernels& kernels, const Sizes& sizes, void** arguments, Split& split,
                    const Queue& queue);
 
 // Whether a device can run what was compiled.

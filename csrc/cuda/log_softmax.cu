@@ -24,11 +24,11 @@ std::string with_type(DType dtype, Visit&& visit) {
 std::string launch_log_softmax(const LogSoftmaxParams& params, const Queue& queue) {
     LogSoftmaxParams p = params;
     const bool backward = p.dy.data != nullptr;
-    int share;
-    void* arguments[] = {&p, &share};
+    Split split;
+    void* arguments[] = {&p, &split};
     const auto run = [&](const char* name, auto resident, auto streaming, int64_t vectors) {
         const Kernels kernels = {reinterpret_cast<const void*>(resident), reinterpret_cast<const void*>(streaming)};
-        return launch(name, kernels, {vectors, 1, p.rows, p.columns}, arguments, share, queue);
+        return launch(name, kernels, {vectors, 1, p.rows, p.columns}, arguments, split, queue);
     };
     return with_type(p.x.dtype, [&](auto x) {
         return with_type(backward ? p.dy.dtype : p.out.dtype, [&](auto other) {
@@ -55,10 +55,11 @@ const void* scale_kernel_of(DType dtype) {
 
 std::string launch_scale(const ScaleParams& params, const float* scalar, const Queue& queue) {
     ScaleParams p = params;
-    int share;
+    Split split;  // not the kernel's to know
     void* arguments[] = {&p, &scalar};
-    const Kernels kernels = {nullptr, scale_kernel_of(p.x.dtype)};
-    return launch("scale", kernels, {0, 1, p.rows, p.columns}, arguments, share, queue);
+    Kernels kernels = {nullptr, scale_kernel_of(p.x.dtype)};
+    kernels.once = true;
+    return launch("scale", kernels, {p.columns * size_of(p.x.dtype) / 16, 1, p.rows, p.columns}, arguments, split, queue);
 }
 
 std::string supports_device(int device) {

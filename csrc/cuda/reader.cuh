@@ -35,7 +35,7 @@ struct RowReader {
 
     FASTKD_D RowReader(const Source<T>& x, const Source<T>& y, int share, char* shared)
         : x(x), y(y), share(share), kept(reinterpret_cast<Vec<T>*>(shared)) {
-        const int begin = share * cluster_rank();
+        const int begin = share * RowBlocks<kResident>::rank();
         const auto within = [&](int vectors) {
             const int left = vectors - begin;
             return left < 0 ? 0 : left < share ? left : share;

@@ -10,8 +10,9 @@ template <class T>
 std::string launch_rest(RestParams p, float* scratch, const Queue& queue) {
     RowGrid grid = prepare_rows(p, NoSoftTerm{});
     const auto run = [&](auto kernel, void** arguments) {
-        const Kernels kernels = {nullptr, reinterpret_cast<const void*>(kernel)};
-        return launch("rest", kernels, {max_vectors<T>(p.n), 1, p.rows, p.columns}, arguments, grid.share, queue);
+        Kernels kernels = {nullptr, reinterpret_cast<const void*>(kernel)};
+        kernels.once = p.from_stats;
+        return launch("rest", kernels, {max_vectors<T>(p.n), 1, p.rows, p.columns}, arguments, grid, queue);
     };
     void* of_rows[] = {&p, &grid};
     void* of_grad[] = {&p, &scratch, &grid};

@@ -6,7 +6,7 @@
 // Shapes  z, dz [B, S, columns], each its own, last stride 1; listed [N, K] int32, −1 for none; g [N, K + 1]; labels,
 //         scales, losses and stats as in kd_rows, with kLogRatio = rest
 // Bytes   an element, e bytes wide: rest e, gradient 2e, the floor; scratch memory [N, K]
-// Grid    a block of up to 256 threads a row, which its threads walk over side by side
+// Grid    that of kd_rows.cuh where rows are streamed
 // Listing A walk cannot compare its columns with K numbers each. Before each stretch of it, 32 columns a thread, those
 //         listed among these are marked, in a word of its own for each thread, so that the walk reads no shared memory.
 //         The gradient needs no marks: all columns are written as if they were not listed, then the K once more.
@@ -27,6 +27,7 @@ struct RestRow {
     static constexpr int kTurns = 32 / kColumns;  // of a stretch
     using Hard = KDRow<T, NoSoftTerm, false, false>;
     using Reader = typename Hard::Reader;
+    using Exchange = typename Hard::Exchange;
 
     Hard hard;
     const RestParams& p;
@@ -42,22 +43,27 @@ struct RestRow {
         return task;
     }
 
-    FASTKD_D const int32_t* columns(const Task& task) const {
-        return p.listed + static_cast<int64_t>(task.row) * listed;
+    // visit(i, column, slot) of what is listed of this block's vectors.
+    template <class Visit>
+    FASTKD_D void for_listed(const Reader& reader, const Task& task, Visit&& visit) const {
+        const int32_t* const columns = p.listed + static_cast<int64_t>(task.row) * listed;
+        for (int i = thread_rank(); i < listed; i += block_threads()) {
+            const int slot = reader.slot_of(columns[i]);
+            if (columns[i] >= 0 && slot >= 0 && slot < reader.count) visit(i, columns[i], slot);
+        }
     }
 
     // Marks what is listed of the stretch that begins at slot ``begin``, and takes the thread's own marks.
     FASTKD_D uint32_t mark(const Reader& reader, const Task& task, int begin, uint32_t* marks) const {
-        const int32_t* const columns = this->columns(task);
         marks[thread_rank()] = 0;
         block_barrier();
-        for (int i = thread_rank(); i < listed; i += block_threads()) {
-            const int column = columns[i], slot = reader.slot_of(column) - begin;
-            if (column < 0 || slot < 0 || slot >= kTurns * block_threads()) continue;
+        for_listed(reader, task, [&](int, int column, int slot) {
+            slot -= begin;
+            if (slot < 0 || slot >= kTurns * block_threads()) return;
             const int turn = static_cast<unsigned>(slot) / block_threads();
             const int bit = turn * kColumns + ((column - reader.first) & (kColumns - 1));
             atomic_or(&marks[slot - turn * block_threads()], 1u << bit);
-        }
+        });
         block_barrier();
         return marks[thread_rank()];
     }
@@ -133,7 +139,6 @@ struct RestRow {
     FASTKD_D void gradient(const Reader& reader, const Task& task, const Place& place, const RowNumbers& row,
                            float* scratch) const {
         const float inv_t = 1.0f / p.temperature;
-        const int32_t* const columns = this->columns(task);
         const float* const outcome_grad = p.outcome_grad + static_cast<int64_t>(task.row) * (listed + 1);
         float* const of_listed = scratch + static_cast<int64_t>(task.row) * listed;
         const float origin = origin_of(row.u_peak, k), hard_origin = origin_of(row.z_peak, kLog2E);
@@ -150,11 +155,10 @@ struct RestRow {
         const Sink<T> dz_row{p.dz.data + place.dz, hard.dtype_of(p.dz), static_cast<int>(p.n)};
 
         // The listed columns, before the logits may be written over.
-        for (int i = thread_rank(); i < listed; i += block_threads()) {
-            if (columns[i] < 0) continue;
-            const float hard_part = columns[i] == task.label ? row.label_hard : of_softmax(reader.x[columns[i]]);
+        for_listed(reader, task, [&](int i, int column, int) {
+            const float hard_part = column == task.label ? row.label_hard : of_softmax(reader.x[column]);
             of_listed[i] = fma(outcome_grad[i], inv_t, hard_part);
-        }
+        });
         block_barrier();
         const int label_slot = reader.slot_of(task.label);
         reader.template for_each<false>([&](int slot) {
@@ -171,26 +175,25 @@ struct RestRow {
             dz_row.store(reader.column(slot), dz);
         });
         block_barrier();
-        for (int i = thread_rank(); i < listed; i += block_threads()) {
-            if (columns[i] >= 0) dz_row.store_column(columns[i], of_listed[i]);
-        }
+        for_listed(reader, task, [&](int i, int column, int) { dz_row.store_column(column, of_listed[i]); });
     }
 };
 
 template <class T>
 FASTKD_KERNEL void FASTKD_BOUNDS(3) rest_rows_kernel(const RestParams p, const RowGrid grid) {
-    FASTKD_SHARED(Exchange, exchange);
+    FASTKD_SHARED(Exchange<false>, exchange);
     FASTKD_SHARED(ThreadWords, marks);
     const RestRow<T> kernel(p, grid);
     const Task task = kernel.fetch();
     if (!task.counts) {
-        if (thread_rank() == 0) p.hard[task.row] = p.soft[task.row] = 0.0f;
+        if (kernel.hard.is_first()) p.hard[task.row] = p.soft[task.row] = 0.0f;
         return;
     }
+    if (thread_rank() == 0) exchange.blocks.init(grid, task.row);
     const auto reader = kernel.hard.open(kernel.hard.place(task.row));
     const RowState state = grid.is_power ? kernel.template state<true>(reader, task, exchange, marks.words)
                                          : kernel.template state<false>(reader, task, exchange, marks.words);
-    if (thread_rank() == 0) kernel.write(state, task);
+    if (kernel.hard.is_first()) kernel.write(state, task);
 }
 
 template <class T>

@@ -3,7 +3,7 @@
 // Math    x *= s; nothing is read or written if s is 1, as in nearly every training loop's backward
 // Shapes  x [B, S, columns] fp32|bf16|fp16, last stride 1; s 0-d, its address given
 // Bytes   2e an element, e bytes wide, or none
-// Grid    one block a row
+// Grid    blocks of up to 256 threads, one or several a row
 #pragma once
 
 #include "../params.h"
@@ -20,8 +20,8 @@ FASTKD_KERNEL void FASTKD_BOUNDS(3) scale_kernel(const ScaleParams p, const floa
     const int n = static_cast<int>(p.columns), head = head_of<kColumns>(data);
     const Row<const T, kColumns> from(data, n, head);
     const Row<T, kColumns> to(data, n, head);
-    const int step = block_threads() * kColumns;
-    for (int first = thread_rank() * kColumns - head; first < n; first += step) {
+    const int step = part_count() * block_threads() * kColumns;
+    for (int first = (part_rank() * block_threads() + thread_rank()) * kColumns - head; first < n; first += step) {
         float values[kColumns];
         load_floats(from, first, values);
 #pragma unroll

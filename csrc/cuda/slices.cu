@@ -13,7 +13,7 @@ std::string launch_slice_sums(SliceParams p, const Queue& queue) {
         RowGrid grid = prepare_rows(p, functor);
         void* arguments[] = {&p, &functor, &grid};
         const Kernels kernels = {nullptr, reinterpret_cast<const void*>(slice_sums_kernel<T, decltype(functor)>)};
-        status = launch("slice_sums", kernels, {max_vectors<T>(p.n), 2, p.rows, p.columns}, arguments, grid.share, queue);
+        status = launch("slice_sums", kernels, {max_vectors<T>(p.n), 2, p.rows, p.columns}, arguments, grid, queue);
     };
     Divergences::dispatch({static_cast<Formula>(p.formula), p.c_t, p.c_s, p.w}, run);
     return status;

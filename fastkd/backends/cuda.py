@@ -94,7 +94,13 @@ def _call(function: Any, logits: Tensor, *arguments: Any) -> None:
     """Launch on the logits' device and its current stream."""
     if logits.numel() == 0:
         return
+    used: list[Tensor] = []  # until the launch: what takes the memory afterwards comes later on the stream
+
+    def zeros(size: int) -> int:
+        used.append(torch.zeros(size, dtype=torch.uint8, device=logits.device))
+        return used[-1].data_ptr()
+
     with torch.cuda.device(logits.device):
-        status = function(*arguments, logits.device.index, torch.cuda.current_stream().cuda_stream)
+        status = function(*arguments, (logits.device.index, torch.cuda.current_stream().cuda_stream, zeros))
     if status:
         raise RuntimeError(f"fastkd: {status}")

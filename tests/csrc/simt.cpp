@@ -157,4 +157,24 @@ void store_async(void* local, int rank, const void* value, int bytes, Barrier* l
     scheduler->enter([&] { scheduler->stores.push_back(std::move(store)); });
 }
 
+void global_arrive(uint32_t* arrived) {
+    scheduler->pause();
+    release(arrived);
+    scheduler->enter([&] {
+        ++*arrived;
+        scheduler->wake(scheduler->counting[arrived]);
+    });
+}
+
+void global_wait(const uint32_t* arrived, int count) {
+    scheduler->pause();
+    for (bool waits = true; waits;) {
+        scheduler->enter([&] {
+            waits = *arrived < static_cast<uint32_t>(count);
+            if (waits) scheduler->wait(scheduler->counting[arrived]);
+        });
+    }
+    acquire(const_cast<uint32_t*>(arrived));
+}
+
 }  // namespace fastkd::simt

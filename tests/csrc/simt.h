@@ -2,7 +2,8 @@
 // kernels of the GPU build run, slowly. Each CUDA thread is a fiber, and only one runs at a time; which one, an order
 // drawn from a seed decides. It does what a GPU may do and rarely does:
 //
-// - Several clusters run at once; their blocks start late and in any order, and one may starve while others run on.
+// - Several clusters run at once, where rows have parts all; their blocks start late and in any order, and one may starve
+//   while others run on.
 // - A block's shared memory appears, full of NaN, when the block starts, and is gone when it has exited. Each variable
 //   ends at a page that nothing may touch. Whoever reaches for a block that has not started or has exited is stopped.
 // - A copy's target is NaN from its issue to the wait. Stores that complete on a barrier arrive late and in any order.
@@ -27,7 +28,7 @@ struct alignas(8) Barrier {
     uint64_t state;
 };
 
-constexpr bool kHasClusters = true, kPairsRegisters = false;
+constexpr bool kPairsRegisters = false;
 
 namespace simt {
 
@@ -36,6 +37,7 @@ struct Thread {
     int rank, threads;  // within the block
     int block, blocks;  // within the cluster
     int grid_block, grid_blocks;
+    int part, parts;  // the grid's second dimension
 };
 extern const Thread* self;
 
@@ -51,11 +53,14 @@ void barrier_init(Barrier* barrier, int arrivals);
 void barrier_expect(Barrier* barrier, int bytes);
 void barrier_wait(Barrier* barrier, int parity);
 void store_async(void* local, int rank, const void* value, int bytes, Barrier* local_barrier);
+void global_arrive(uint32_t* arrived);
+void global_wait(const uint32_t* arrived, int count);
 
 struct Grid {
     int clusters, size, threads;  // a cluster's size in blocks; threads of a block: a multiple of 32
     size_t shared;      // dynamic, of a block
     uint64_t seed;      // of the order
+    int parts = 1;      // of them all
 };
 void run(const Grid& grid, void (*kernel)(const void*), const void* closure);
 
@@ -71,6 +76,8 @@ inline int thread_rank() { return simt::self->rank; }
 inline int block_threads() { return simt::self->threads; }
 inline int block_rank() { return simt::self->grid_block; }
 inline int grid_blocks() { return simt::self->grid_blocks; }
+inline int part_rank() { return simt::self->part; }
+inline int part_count() { return simt::self->parts; }
 inline void block_barrier() { simt::block_barrier(); }
 inline void atomic_or(uint32_t* word, uint32_t bits) { __atomic_fetch_or(word, bits, __ATOMIC_RELAXED); }
 inline int cluster_rank() { return simt::self->block; }
@@ -102,6 +109,8 @@ inline void barrier_wait(Barrier* barrier, int parity) { simt::barrier_wait(barr
 inline void store_async(float* local, int rank, float value, Barrier* local_barrier) {
     simt::store_async(local, rank, &value, sizeof(value), local_barrier);
 }
+inline void global_arrive(uint32_t* arrived) { simt::global_arrive(arrived); }
+inline void global_wait(const uint32_t* arrived, int count) { simt::global_wait(arrived, count); }
 inline char* dynamic_shared() { return simt::dynamic_shared(); }
 
 }  // namespace fastkd

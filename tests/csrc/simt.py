@@ -73,7 +73,7 @@ class ScaleParams(ctypes.Structure):
 
 
 class Grid(NamedTuple):
-    cluster: int
+    cluster: int  # blocks of a row, which are its parts if it is not kept
     resident: bool
     threads: int = 64
     clusters: int = 1  # each of which takes several rows
@@ -119,11 +119,11 @@ class Simt:
         self.library.simt_kd_rows(ctypes.byref(kd_rows_params(rows, spec, outputs)), order(grid, seed))
 
     def slice_sums(
-        self, rows: Rows, spec: RowSpec, stats: torch.Tensor, sums: torch.Tensor, threads: int, seed: int = 0
+        self, rows: Rows, spec: RowSpec, stats: torch.Tensor, sums: torch.Tensor, grid: Grid, seed: int = 0
     ) -> None:
         of_rows = kd_rows_params(rows, spec, {"hard": None, "soft": None, "stats": stats, "dz": None})
         params = SliceParams(rows=of_rows, sums=pointer(sums))
-        self.library.simt_slice_sums(ctypes.byref(params), order(Grid(1, False, threads), seed))
+        self.library.simt_slice_sums(ctypes.byref(params), order(grid, seed))
 
     def rest(
         self,
@@ -132,7 +132,7 @@ class Simt:
         listed: torch.Tensor,
         outcome_grad: torch.Tensor | None,
         outputs: Outputs,
-        threads: int,
+        grid: Grid,
         seed: int = 0,
     ) -> None:
         """``outputs`` as there, ``soft`` being the rest; the gradient from ``outcome_grad`` and stats."""
@@ -141,9 +141,7 @@ class Simt:
             rows=kd_rows_params(rows, spec, outputs), listed=pointer(listed), k=listed.shape[1],
             outcome_grad=pointer(outcome_grad),
         )  # fmt: skip
-        self.library.simt_rest(
-            ctypes.byref(params), ctypes.c_void_p(pointer(scratch)), order(Grid(1, False, threads), seed)
-        )
+        self.library.simt_rest(ctypes.byref(params), ctypes.c_void_p(pointer(scratch)), order(grid, seed))
 
     def log_softmax(
         self,
@@ -164,7 +162,7 @@ class Simt:
     def scale_(self, x: torch.Tensor, scalar: torch.Tensor) -> None:
         outer, inner, columns = x.shape
         params = ScaleParams(x=matrix(x), rows=outer * inner, inner_rows=inner, columns=columns)
-        self.library.simt_scale(ctypes.byref(params), ctypes.c_void_p(scalar.data_ptr()), order(Grid(1, False)))
+        self.library.simt_scale(ctypes.byref(params), ctypes.c_void_p(scalar.data_ptr()), order(Grid(3, False)))
 
 
 def kd_rows_params(rows: Rows, spec: RowSpec, outputs: Outputs) -> KDRowsParams:

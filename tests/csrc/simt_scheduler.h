@@ -39,14 +39,15 @@ namespace fastkd::simt {
 
 namespace {
 
-constexpr int kWarpSize = 32, kClustersAtOnce = 3;
+constexpr int kWarpSize = 32;
+constexpr size_t kClustersAtOnce = 3;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kDynamic = 0;        // in the place of the line that declares a variable
 constexpr unsigned kNoOrder = 1;   // a switch orders nothing, to the thread sanitizer
 
 // What is before the first of two is before what is after the second.
-void release(char* token) { if (__tsan_release) __tsan_release(token); }
-void acquire(char* token) { if (__tsan_acquire) __tsan_acquire(token); }
+void release(void* token) { if (__tsan_release) __tsan_release(token); }
+void acquire(void* token) { if (__tsan_acquire) __tsan_acquire(token); }
 void reads(const void* at, size_t bytes) { if (__tsan_read_range) __tsan_read_range(const_cast<void*>(at), bytes); }
 void writes(void* at, size_t bytes) { if (__tsan_write_range) __tsan_write_range(at, bytes); }
 
@@ -177,7 +178,7 @@ public:
         starts = worst() ? 0.0 : chance() < 0.5 ? 0.01 : 0.5;
         deliveries = worst() ? 0.0 : chance() < 0.5 ? 0.01 : 0.5;
         switches = worst() ? 0.0 : chance() < 0.5 ? 0.01 : 0.5;
-        for (int i = 0; i < grid.clusters; ++i) to_launch.push_back(i);
+        for (int i = 0; i < grid.clusters * grid.parts; ++i) to_launch.push_back(i);
         if (!worst()) shuffle(to_launch);
     }
 
@@ -185,7 +186,7 @@ public:
         if (__tsan_get_current_fiber) tsan = __tsan_get_current_fiber();
         if (tsan) __tsan_ignore_thread_begin();  // what the scheduler itself does to memory, allocation too
         while (true) {
-            while (static_cast<int>(clusters.size()) < kClustersAtOnce && !to_launch.empty()) launch();
+            while ((grid.parts > 1 || clusters.size() < kClustersAtOnce) && !to_launch.empty()) launch();
             if (clusters.empty()) break;
             Block* const next = highest();
             if (can_start() && (!next || chance() < starts)) {
@@ -258,6 +259,7 @@ public:
 
     Fiber* running = nullptr;
     std::vector<Store> stores;
+    std::map<const uint32_t*, Queue> counting;  // who waits for a number in global memory
 
 private:
     const Grid grid;
@@ -320,8 +322,8 @@ private:
         auto block = std::make_shared<Block>(Block{cluster, rank, grid.threads, worst() ? rank : chance()});
         block->variable(kDynamic, grid.shared);
         for (int i = 0; i < grid.threads; ++i) {
-            const Thread thread = {i, grid.threads, rank, grid.size, cluster.index * grid.size + rank,
-                                   grid.clusters * grid.size};
+            const Thread thread = {i, grid.threads, rank, grid.size, cluster.index % grid.clusters * grid.size + rank,
+                                   grid.clusters * grid.size, cluster.index / grid.clusters, grid.parts};
             block->ready.push_back(new Fiber{thread, *block, new_stack()});
             prepare(*block->ready.back());
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -133,11 +134,22 @@ def test_a_grid_holds_its_row(gpu: str, tensors: int) -> None:
         assert shared_by[65538], "one pass is promised for 262144 columns, in any dtype, of two tensors"
 
 
+@pytest.mark.parametrize("sms", [46, 108, 132, 170])
+def test_parts_of_rows(sms: int) -> None:
+    """All of them run at once, each worth its while; a warp merges them."""
+    assert cuda.unavailable() is None, cuda.unavailable()
+    for rows, vectors in itertools.product((1, 2, 3, sms // 2, sms // 2 + 1, 4096), (1, 1023, 1024, 16034, 10**6)):
+        parts = cuda._cuda.parts(rows, vectors, sms)
+        assert 1 <= parts <= 32
+        assert parts == 1 or (rows * parts <= sms and vectors >= 512 * parts)
+        assert (parts > 1) == (2 * rows <= sms and vectors >= 1024)
+
+
 def test_an_error_names_the_kernel_and_the_shape() -> None:
     """Without a GPU nothing launches; with one, a grid of 0 rows does not."""
     assert cuda.unavailable() is None, cuda.unavailable()
-    absent = (0, 0, 0, 0)
-    scale = cuda._cuda.scale(absent, 0, 1, 7, 0, 0, 0)
-    log_softmax = cuda._cuda.log_softmax(absent, absent, absent, 0, 0, 1, 7, 1.0, 0, 0)
+    absent, on = (0, 0, 0, 0), (0, 0, None)
+    scale = cuda._cuda.scale(absent, 0, 1, 7, 0, on)
+    log_softmax = cuda._cuda.log_softmax(absent, absent, absent, 0, 0, 1, 7, 1.0, on)
     assert re.match(r"scale on 0 x 7 \(.*256 threads.*\): \w+", scale)
     assert re.match(r"log_softmax on 0 x 7 \(.*\): \w+", log_softmax)

@@ -17,7 +17,9 @@ from tests.csrc.simt import Grid, Outputs, Simt, build
 
 MEMBERS = (*NAMED.values(), JSD(0.3), SkewKL(0.1), SkewReverseKL(0.2), SymmetricKL())
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-GRIDS = [Grid(cluster, resident) for cluster in (1, 2, 4) for resident in (True, False)]
+GRIDS = [Grid(cluster, True) for cluster in (1, 2, 4)] + [Grid(parts, False) for parts in (1, 2, 3, 7)]
+# One where a cluster keeps the row, one where its parts stream it.
+BOTH_WAYS = [Grid(2, True), Grid(3, False)]
 
 
 def spec_of(member: Divergence, temperature: float, vocab_size: int, smoothing: float = 0.0) -> RowSpec:
@@ -65,7 +67,7 @@ def check(
     for name in ("hard", "soft", "dz"):
         assert torch.equal(fused[name], again[name])
     later = {"hard": None, "soft": None, "stats": loss["stats"], "dz": nans()}
-    simt.kd_rows(rows, spec, later, Grid(1, False))
+    simt.kd_rows(rows, spec, later, Grid(grid.cluster, False))
     for result in (fused, loss):
         torch.testing.assert_close(result["hard"].double(), hard, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(result["soft"].double(), soft, rtol=1e-5, atol=1e-7)
@@ -102,7 +104,7 @@ def test_divergences_on_every_grid(simt: Simt, member: Divergence, grid: Grid) -
     check(simt, make_rows(1003, torch.bfloat16), spec_of(member, 2.0, 1003), grid)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 1.7])
 @pytest.mark.parametrize(("hard", "soft"), [(True, True), (False, True), (True, False), (False, False)])
 def test_z_loss(simt: Simt, hard: bool, soft: bool, temperature: float, grid: Grid) -> None:
@@ -112,10 +114,11 @@ def test_z_loss(simt: Simt, hard: bool, soft: bool, temperature: float, grid: Gr
     check(simt, rows, spec_of(JSD(0.5), temperature, 1001)._replace(label_smoothing=0.1), grid)
 
 
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize(("vocab", "offset"), [(1, 0), (7, 3), (64, 0), (1000, 0), (1000, 1), (1001, 5)])
-def test_sizes_and_alignments(simt: Simt, vocab: int, offset: int, dtype: torch.dtype) -> None:
-    check(simt, make_rows(vocab, dtype, offset=offset), spec_of(JSD(0.5), 1.0, vocab), Grid(2, True))
+def test_sizes_and_alignments(simt: Simt, vocab: int, offset: int, dtype: torch.dtype, grid: Grid) -> None:
+    check(simt, make_rows(vocab, dtype, offset=offset), spec_of(JSD(0.5), 1.0, vocab), grid)
 
 
 def off(tensor: torch.Tensor, offset: int) -> torch.Tensor:
@@ -125,7 +128,7 @@ def off(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     return memory[offset:].view(tensor.shape)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 @pytest.mark.parametrize("offsets", [(0, 1, 2), (3, 3, 0), (1, 0, 1), (5, 6, 7)])
 def test_rows_off_by_different_amounts(
@@ -137,7 +140,7 @@ def test_rows_off_by_different_amounts(
     check(simt, rows, spec_of(NAMED["forward_kl"], 2.0, 1001), grid, offset=gradient)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize(
     ("student", "teacher", "gradient"),
     [
@@ -172,14 +175,17 @@ def test_any_number_of_clusters_gives_the_same_to_the_bit(simt: Simt) -> None:
         assert all(map(torch.equal, result, results[0]))
 
 
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize(("hard", "soft"), [(True, False), (False, True), (True, True)])
-def test_terms_temperatures_smoothing_and_padding(simt: Simt, temperature: float, hard: bool, soft: bool) -> None:
+def test_terms_temperatures_smoothing_and_padding(
+    simt: Simt, temperature: float, hard: bool, soft: bool, grid: Grid
+) -> None:
     rows = make_rows(300, torch.float32, hard, soft)
-    check(simt, rows, spec_of(NAMED["forward_kl"], temperature, 297, smoothing=0.1), Grid(2, True))
+    check(simt, rows, spec_of(NAMED["forward_kl"], temperature, 297, smoothing=0.1), grid)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 def test_far_from_0(simt: Simt, member: Divergence, temperature: float, grid: Grid) -> None:
@@ -193,9 +199,10 @@ def test_far_from_0(simt: Simt, member: Divergence, temperature: float, grid: Gr
 REGIMES = [(1, None, 0), (8, None, 0), (3, 0.1, 0), (3, 1e-2, 0), (2, 0.5, 100), (2, 0.5, 1e3), (2, 0.5, 1e4)]
 
 
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize(("size", "noise", "offset"), REGIMES)
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
-def test_digits(simt: Simt, member: Divergence, size: float, noise: float | None, offset: float) -> None:
+def test_digits(simt: Simt, member: Divergence, size: float, noise: float | None, offset: float, grid: Grid) -> None:
     rows = make_rows(1500, torch.float32, hard=False)
     rows.student.mul_(size / 3)
     if noise is None:
@@ -203,7 +210,7 @@ def test_digits(simt: Simt, member: Divergence, size: float, noise: float | None
     else:
         rows.teacher.copy_(rows.student + noise * torch.randn_like(rows.student) + offset)
     spec = spec_of(member, 1.0, 1500)
-    check(simt, rows, spec, Grid(2, True), tolerance=max(1e-5, error_of_plain_pytorch(rows, spec)))
+    check(simt, rows, spec, grid, tolerance=max(1e-5, error_of_plain_pytorch(rows, spec)))
 
 
 def error_of_plain_pytorch(rows: Rows, spec: RowSpec) -> float:
@@ -232,27 +239,29 @@ def mixture(spec: RowSpec, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (spec.c_t * a.exp() * (a - log_m) + spec.c_s * b.exp() * (b - log_m)).sum(-1)
 
 
-def test_a_sum_that_overflows_is_taken_again(simt: Simt) -> None:
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
+def test_a_sum_that_overflows_is_taken_again(simt: Simt, grid: Grid) -> None:
     """finfo.min in the student alone: the value is representable, a sum of terms that are not normalised is not."""
     rows = make_rows(300, torch.float32, hard=False)
     rows.student[..., :4] = torch.finfo(torch.float32).min
     rows.teacher[..., :4] = 8.0
-    check(simt, rows, spec_of(NAMED["forward_kl"], 1.0, 300), Grid(2, True))
+    check(simt, rows, spec_of(NAMED["forward_kl"], 1.0, 300), grid)
 
 
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("member", [m for m in MEMBERS if m.name != "cross_entropy"], ids=lambda member: member.name)
-def test_near_convergence(simt: Simt, member: Divergence) -> None:
+def test_near_convergence(simt: Simt, member: Divergence, grid: Grid) -> None:
     rows = make_rows(1500, torch.float32, hard=False)
     rows.teacher.copy_(rows.student + 1e-3 * torch.randn_like(rows.student))
     exact = Rows(*(None if t is None else t.double() for t in rows))
     spec, expected, outputs = spec_of(member, 1.0, 1500), torch.empty(2).double(), outputs_for(rows, grad=True)
     reference.kd_rows(exact, spec, torch.empty(2).double(), expected, torch.empty(2, NUM_STATS).double(), None)
-    simt.kd_rows(rows, spec, outputs, Grid(2, True))
+    simt.kd_rows(rows, spec, outputs, grid)
     assert (outputs["soft"] >= 0).all()
     torch.testing.assert_close(outputs["soft"].double(), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, True), Grid(1, False)], ids=str)
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 def test_a_row_that_does_not_count_is_not_read(simt: Simt, grid: Grid) -> None:
     rows = make_rows(500, torch.float32)
     rows.student[0, 0], rows.teacher[0, 0] = math.nan, math.nan
@@ -263,28 +272,55 @@ def test_a_row_that_does_not_count_is_not_read(simt: Simt, grid: Grid) -> None:
     assert outputs["dz"][0, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
-def test_minus_infinity(simt: Simt, member: Divergence) -> None:
+def test_minus_infinity(simt: Simt, member: Divergence, grid: Grid) -> None:
     rows = make_rows(200, torch.float32)
     rows.student[..., 10:20] = -math.inf
     rows.teacher[..., 15:25] = -math.inf
     outputs = outputs_for(rows, grad=True)
-    simt.kd_rows(rows, spec_of(member, 2.0, 200), outputs, Grid(2, True))
+    simt.kd_rows(rows, spec_of(member, 2.0, 200), outputs, grid)
     assert outputs["dz"].isfinite().all()
     infinite = member.name in ("forward_kl", "reverse_kl", "cross_entropy", "symmetric_kl")
     assert outputs["soft"].isposinf().all() if infinite else outputs["soft"].isfinite().all()
 
 
-def test_in_place_is_the_same_to_the_bit(simt: Simt) -> None:
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
+def test_a_nan_reaches_all_of_its_row(simt: Simt, member: Divergence, grid: Grid) -> None:
+    rows = make_rows(500, torch.float32)
+    rows.teacher[0, 0, 490] = math.nan
+    outputs = outputs_for(rows, grad=True)
+    simt.kd_rows(rows, spec_of(member, 2.0, 500), outputs, grid)
+    assert outputs["soft"].isnan().tolist() == [True, False]
+    assert outputs["dz"][0, 0].isnan().all() and outputs["dz"][0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("member", [NAMED["forward_kl"], NAMED["tvd"], JSD(0.5)], ids=lambda member: member.name)
+def test_any_order_of_the_parts_gives_the_same_to_the_bit(simt: Simt, member: Divergence) -> None:
+    """Rows near convergence too, which are walked over again and again."""
+    rows = make_rows(501, torch.bfloat16)
+    rows.teacher[0, 0] = rows.student[0, 0]
+    results = []
+    for seed in range(8):
+        outputs = outputs_for(rows, grad=True)
+        simt.kd_rows(rows, spec_of(member, 2.0, 501), outputs, Grid(7, False), seed)
+        results.append([outputs[name] for name in ("hard", "soft", "dz")])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
+def test_in_place_is_the_same_to_the_bit(simt: Simt, grid: Grid) -> None:
     rows = make_rows(777, torch.bfloat16)
     spec = spec_of(SkewKL(0.1), 2.0, 777)
     outputs = outputs_for(rows, grad=True)
-    simt.kd_rows(rows, spec, outputs, Grid(4, True))
-    simt.kd_rows(rows, spec, {**outputs_for(rows, grad=False), "dz": rows.student}, Grid(4, True))
+    simt.kd_rows(rows, spec, outputs, grid)
+    simt.kd_rows(rows, spec, {**outputs_for(rows, grad=False), "dz": rows.student}, grid)
     assert torch.equal(rows.student, outputs["dz"])
 
 
-@pytest.mark.parametrize("grid", [Grid(1, False), Grid(1, True), Grid(4, True)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(1, False), Grid(3, False), Grid(1, True), Grid(4, True)], ids=str)
 @pytest.mark.parametrize(("dtype", "other"), list(itertools.product(GRADIENT, repeat=2)), ids=str)
 def test_log_softmax(simt: Simt, dtype: torch.dtype, other: torch.dtype, grid: Grid) -> None:
     x = make_rows(501, dtype, offset=1).student

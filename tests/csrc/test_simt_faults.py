@@ -16,12 +16,13 @@ import pytest
 
 from tests.csrc.simt import CSRC, build
 
-ROW, EXCHANGE, READER, VECTORS = "cuda/kd_rows.cuh", "cuda/reduce.cuh", "cuda/reader.cuh", "cuda/vec.cuh"
+ROW, REDUCE, READER, VECTORS = "cuda/kd_rows.cuh", "cuda/reduce.cuh", "cuda/reader.cuh", "cuda/vec.cuh"
 REST = "cuda/rest.cuh"
+INIT = "    if (thread_rank() == 0) exchange.blocks.init(grid, block_rank());\n"
 STAGE_1 = "            const RowState state"
 NORMALISE = "            publish(task, [&] { kernel.normalise"
-LISTED = "        for (int i = thread_rank(); i < listed; i += block_threads()) {\n"
-LAST = "            if (columns[i] >= 0) dz_row"
+LAST = "        for_listed(reader, task, [&](int i, int column, int) { dz_row"
+PARTS = "        return state_in<State>(places, lane, count());\n"
 NOT_FINITE, OTHER, ORDER, GAP = "not finite", "other results", "the order matters", "a gap between rows was written"
 
 
@@ -44,34 +45,34 @@ FAULTS = (
         "a barrier is initialised after the start",
         "a barrier is used before it is initialised",
         (
-            (ROW, "    if (thread_rank() == 0) exchange.init();\n    cluster_arrive", "    cluster_arrive"),
-            (ROW, "    cluster_wait();\n", "    cluster_wait();\n    if (thread_rank() == 0) exchange.init();\n"),
+            (ROW, f"{INIT}    cluster_arrive", "    cluster_arrive"),
+            (ROW, "    cluster_wait();\n", f"    cluster_wait();\n{INIT}"),
         ),
     ),
     Fault(
         "a merge slot is used by two stages in turn",
         f"{ORDER}|{OTHER}|nothing can run",  # where blocks disagree on the way that their row takes
-        ((EXCHANGE, "places = blocks[turn % 2]", "places = blocks[0]"),),
+        ((REDUCE, "Place* to = places[turn % 2]", "Place* to = places[0]"),),
     ),
     Fault(
         "a barrier's phases are not told apart",
         f"{ORDER}|{OTHER}|{NOT_FINITE}|nothing can run|has exited",
-        ((EXCHANGE, "barrier_wait(barrier, turn / 2 % 2)", "barrier_wait(barrier, 0)"),),
+        ((REDUCE, "barrier_wait(barrier, turn / 2 % 2)", "barrier_wait(barrier, 0)"),),
     ),
     Fault(
         "no wait for what other blocks store",
         f"{NOT_FINITE}|has exited|more arrivals at a barrier",
-        ((EXCHANGE, "        barrier_wait(barrier, turn / 2 % 2);\n", ""),),
+        ((REDUCE, "        barrier_wait(barrier, turn / 2 % 2);\n", ""),),
     ),
     Fault(
         "more bytes are expected than come",
         "nothing can run",
-        ((EXCHANGE, "barrier_expect(barrier, size *", "barrier_expect(barrier, 4 + size *"),),
+        ((REDUCE, "barrier_expect(barrier, size *", "barrier_expect(barrier, 4 + size *"),),
     ),
     Fault(
         "the warps of a block do not wait for each other",
         f"{ORDER}|{OTHER}|{NOT_FINITE}",
-        ((EXCHANGE, "        block_barrier();\n        if (!in_first_warp())", "        if (!in_first_warp())"),),
+        ((REDUCE, "        block_barrier();\n        if (!in_first_warp())", "        if (!in_first_warp())"),),
     ),
     Fault(
         "a row's numbers are read before they are there",
@@ -134,7 +135,42 @@ FAULTS = (
     Fault(
         "the listed columns are not the last to be written",
         f"{ORDER}|{OTHER}",
-        ((REST, f"        block_barrier();\n{LISTED}{LAST}", f"{LISTED}{LAST}"),),
+        ((REST, f"        block_barrier();\n{LAST}", LAST),),
+    ),
+    Fault(
+        "a part writes what is listed in another",
+        f"{ORDER}|{OTHER}|{NOT_FINITE}",
+        ((REST, " && slot >= 0 && slot < reader.count) visit", ") visit"),),
+    ),
+    Fault(
+        "the parts of a row do not wait for each other",
+        f"{ORDER}|{OTHER}|{NOT_FINITE}",
+        ((REDUCE, "        global_wait(&meeting->arrived, (turn + 1) * count());\n", ""),),
+    ),
+    Fault(
+        "the parts of a row wait for each other once",
+        f"{ORDER}|{OTHER}|{NOT_FINITE}",
+        ((REDUCE, "(turn + 1) * count());", "count());"),),
+    ),
+    Fault(
+        "a part's place is used by two stages in turn",
+        f"{ORDER}|{OTHER}|{NOT_FINITE}",
+        ((REDUCE, "meeting->places[turn % 2]", "meeting->places[0]"),),
+    ),
+    Fault(
+        "rows meet in one place",
+        f"{ORDER}|{OTHER}|{NOT_FINITE}",
+        ((REDUCE, "meeting = split.meetings + row;", "meeting = split.meetings;"),),
+    ),
+    Fault(
+        "the state of a part is dropped",
+        OTHER,
+        ((REDUCE, PARTS, PARTS.replace("count()", "count() - 1")),),
+    ),
+    Fault(
+        "the state of a part is merged twice",
+        OTHER,
+        ((REDUCE, PARTS, PARTS.replace("lane", "lane == count() ? 0 : lane")),),
     ),
     Fault(
         "a thread leaves while others wait",
@@ -156,7 +192,7 @@ def results(program: Path) -> str:
 
 
 def test_the_kernels_as_they_are_have_no_fault(sound: str) -> None:
-    assert re.fullmatch(r"(.+, clusters of \d: [0-9a-f]{8}\n)+", sound)
+    assert re.fullmatch(r"(.+ by \d: [0-9a-f]{8}\n)+", sound)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -168,6 +204,6 @@ def test_a_fault_is_found(fault: Fault, sound: str, folder: Path, tmp_path: Path
         (csrc / name).write_text(text.replace(old, new))
     program = build(folder, "simt_main.cpp", re.sub(r"\W", "_", fault.name), "-DSIMT_FEW", "-O0", csrc=csrc)
     printed = results(program)
-    if printed != sound and re.fullmatch(r"(.+, clusters of \d: [0-9a-f]{8}\n)+", printed):
+    if printed != sound and re.fullmatch(r"(.+ by \d: [0-9a-f]{8}\n)+", printed):
         printed += OTHER
     assert re.search(fault.says, printed), printed[-2000:]

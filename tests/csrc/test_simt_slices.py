@@ -22,22 +22,22 @@ class Backend(test_simt_rest.Backend):
         self, rows: Rows, spec: RowSpec, hard: Tensor, soft: Tensor, stats: Tensor, grad: Tensor | None
     ) -> None:
         outputs = {"hard": hard, "soft": soft, "stats": stats, "dz": grad}
-        self.simt.kd_rows(rows, spec, outputs, Grid(2, True, self.threads))
+        self.simt.kd_rows(rows, spec, outputs, Grid(2, True))
 
     def kd_grad(self, rows: Rows, spec: RowSpec, stats: Tensor, grad: Tensor) -> None:
         outputs = {"hard": None, "soft": None, "stats": stats, "dz": grad}
-        self.simt.kd_rows(rows, spec, outputs, Grid(1, False, self.threads))
+        self.simt.kd_rows(rows, spec, outputs, self.grid)
 
     def slice_sums(self, rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
-        self.simt.slice_sums(rows, spec, stats, sums, self.threads)
+        self.simt.slice_sums(rows, spec, stats, sums, self.grid)
         first = sums.clone()
-        self.simt.slice_sums(rows, spec, stats, sums, self.threads, seed=1)
+        self.simt.slice_sums(rows, spec, stats, sums, self.grid, seed=1)
         assert torch.equal(first, sums)
 
 
-@pytest.fixture
-def chosen(simt: Simt) -> Backend:
-    return Backend(simt, 64)
+@pytest.fixture(params=[Grid(1, False), Grid(3, False)], ids=str)
+def chosen(request: pytest.FixtureRequest, simt: Simt) -> Backend:
+    return Backend(simt, request.param)
 
 
 summing = chosen
@@ -50,5 +50,5 @@ def test_a_label_that_is_none(simt: Simt) -> None:
     rows.labels[:3] = torch.tensor([-1, test_slices.COLUMNS, test_slices.ELSEWHERE + 1])
     rows.labels[3] = test_slices.ELSEWHERE
     hard, soft, stats = test_slices.outputs(rows)
-    Backend(simt, 64).kd_rows(rows, test_slices.spec_of("forward_kl"), hard, soft, stats, None)
+    Backend(simt, Grid(1, False)).kd_rows(rows, test_slices.spec_of("forward_kl"), hard, soft, stats, None)
     assert hard.isnan().tolist() == [True, True, True, False, False] and stats.shape[1] == NUM_STATS

@@ -98,7 +98,7 @@ def _call(function: Any, logits: Tensor, *arguments: Any) -> None:
 
     def zeros(size: int) -> int:
         used.append(torch.zeros(size, dtype=torch.uint8, device=logits.device))
-        return used[-1].data_ptr()
+        return int(used[-1].data_ptr())
 
     with torch.cuda.device(logits.device):
         status = function(*arguments, (logits.device.index, torch.cuda.current_stream().cuda_stream, zeros))

@@ -109,14 +109,14 @@ struct RestRow {
             peak = max(u[j], peak);
         }
         if (peak > state.u_peak) move_rest(state, peak);
-        const float origin = origin_of(shift_of(state.u_peak), k);
+        const float origin = shift_of(origin_of(state.u_peak, k));
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) state.t += exp2(fma(u[j], k, -origin));
     }
 
     // A state that has seen nothing has a peak of −inf and gets a factor of 0.
     FASTKD_D void move_rest(RowState& state, float peak) const {
-        state.t *= exp2(origin_of(state.u_peak, k) - origin_of(shift_of(peak), k));
+        state.t *= exp2(origin_of(state.u_peak, k) - shift_of(origin_of(peak, k)));
         state.u_peak = peak;
     }
 

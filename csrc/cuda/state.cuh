@@ -75,13 +75,13 @@ struct Stage1 {
 
     // Makes the sums relative to new peaks. A state that has seen nothing has a peak of −inf and gets a factor of 0.
     static FASTKD_D void rescale(RowState& state, float z_peak, float u_peak, const RowScale& row) {
-        const float x = origin_of(state.z_peak, row.k) - origin_of(shift_of(z_peak), row.k);
+        const float x = origin_of(state.z_peak, row.k) - shift_of(origin_of(z_peak, row.k));
         const float by_s = exp2(x);
         state.others *= kPower ? (row.squares ? by_s * by_s : by_s)
-                               : exp2(origin_of(state.z_peak, kLog2E) - origin_of(shift_of(z_peak), kLog2E));
+                               : exp2(origin_of(state.z_peak, kLog2E) - shift_of(origin_of(z_peak, kLog2E)));
         state.z_peak = z_peak;
         if constexpr (kSoft) {
-            const float y = origin_of(state.u_peak, row.k) - origin_of(shift_of(u_peak), row.k);
+            const float y = origin_of(state.u_peak, row.k) - shift_of(origin_of(u_peak, row.k));
             const float by_t = exp2(y);
             const auto move = [&](auto of, float& sum) {
                 constexpr Moment kOf = decltype(of)::value;
@@ -100,9 +100,9 @@ struct Stage1 {
     // Adds a vector, given peaks that are no smaller. ``first`` is its first column.
     template <bool kCareful, class T>
     static FASTKD_D void add(RowState& state, const Vec<T>& z, const Vec<T>& u, int first, const RowScale& row) {
-        const float z_origin = origin_of(shift_of(state.z_peak), row.k);
-        const float u_origin = origin_of(shift_of(state.u_peak), row.k);
-        const float hard_origin = origin_of(shift_of(state.z_peak), kLog2E);
+        const float z_origin = shift_of(origin_of(state.z_peak, row.k));
+        const float u_origin = shift_of(origin_of(state.u_peak, row.k));
+        const float hard_origin = shift_of(origin_of(state.z_peak, kLog2E));
         const auto column = [&](int j, float z_j, float u_j) {
             const float x = fma(z_j, row.k, -z_origin);
             const float s = exp2(x);

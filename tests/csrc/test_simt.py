@@ -238,12 +238,25 @@ def mixture(spec: RowSpec, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (spec.c_t * a.exp() * (a - log_m) + spec.c_s * b.exp() * (b - log_m)).sum(-1)
 
 
-def test_a_sum_that_overflows_is_taken_again(simt: Simt) -> None:
+@pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
+def test_a_sum_that_overflows_is_taken_again(simt: Simt, grid: Grid) -> None:
     """finfo.min in the student alone: the value is representable, a sum of terms that are not normalised is not."""
     rows = make_rows(300, torch.float32, hard=False)
     rows.student[..., :4] = torch.finfo(torch.float32).min
     rows.teacher[..., :4] = 8.0
-    check(simt, rows, spec_of(NAMED["forward_kl"], 1.0, 300), Grid(2, True))
+    check(simt, rows, spec_of(NAMED["forward_kl"], 1.0, 300), grid)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stretches_of_the_smallest_float(simt: Simt, dtype: torch.dtype, temperature: float, grid: Grid) -> None:
+    """Padding, as whole warps and as the first vectors of a thread: its own exponents, over T, overflow."""
+    rows = make_rows(9000, dtype)
+    for logits in (rows.student, rows.teacher):
+        logits[0, 0, 2500:], logits[0, 1, :4000] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    check(simt, rows, spec_of(JSD(0.3), temperature, 9000), grid)
+    check(simt, rows, spec_of(NAMED["forward_kl"], temperature, 9000), grid)
 
 
 @pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)

@@ -69,8 +69,8 @@ std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t 
     return launch_scale(p, pointer<const float>(scalar), queue(on));
 }
 
-// For a test, as are parts: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of shared
-// memory), the best first.
+// For a test, as are parts: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of
+// shared memory), the best first.
 py::list plans_for(int major, int block_shared, int sm_shared, int reserved_shared, int64_t vectors, int tensors) {
     py::list grids;
     for (const Plan& plan : plans({major, block_shared, sm_shared, reserved_shared}, vectors, tensors))

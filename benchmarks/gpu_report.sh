@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' benchmarks/gpu_report.sh; exit 2; }
 [[ $# -ge 1 && $1 != -* ]] || usage
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -52,8 +52,11 @@ gpu() { nvidia-smi --query-gpu="$1" --format=csv,noheader | head -n 1; }
 # PyTorch's own word on the GPU, or its failure.
 torch_gpu() { "$python" -c 'import torch; print(torch.cuda.get_device_properties(0))'; }
 
-# What takes too long is interrupted in time to show what it has.
-in_time() { timeout --signal=INT $((limit - 15)) "$@"; }
+# What takes too long is interrupted in time to show what it has: 15 s before the stage's limit.
+in_time() {
+    local left=$((limit - 15 - SECONDS))
+    timeout --signal=INT $((left > 1 ? left : 1)) "$@"
+}
 
 environment() {
     nvidia-smi

@@ -1,7 +1,7 @@
 // Log-sum-exp of what comes piece by piece: sums of exponentials relative to a peak, moved to a larger one.
 //
 // Math    k is 1/T in units of log 2 (log2(e)/T), so a sum is Σ 2^((x − peak)·k). Those of lanes, tiles, warps, blocks
-//         of a cluster and ranks of a tensor-parallel group merge alike: moved to the largest peak, and added.
+//         of a row and ranks of a tensor-parallel group merge alike: moved to the largest peak, and added.
 // Rules   A peak of −inf (nothing yet, or nothing but masked tokens) has a sum of 0. A NaN may be lost from the peak,
 //         but not from the sum.
 #pragma once

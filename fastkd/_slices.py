@@ -110,7 +110,7 @@ def listed_logits(student: Tensor, listed: Tensor, dtype: torch.dtype) -> Tensor
     """[N, K] of [B, S, V], and −inf where ``listed`` is −1."""
     if not student.shape[-1]:
         return student.new_full(listed.shape, -math.inf, dtype=dtype)
-    columns = listed.long().clamp_(min=0).view(*student.shape[:2], -1)
+    columns = listed.long().clamp_(min=0).view(*student.shape[:2], listed.shape[1])
     return student.gather(-1, columns).view(listed.shape).to(dtype).masked_fill_(listed < 0, -math.inf)
 
 
@@ -263,15 +263,16 @@ class Sliced:
         stats[:, PEAK_TEACHER], stats[:, LOG_STUDENT] = peak, log_student
         stats[:, LOG_RATIO] = log_teacher - log_student
         own = rows._replace(teacher=share.own(u).unsqueeze(0))
-        summed = spec._replace(vocab_size=spec.vocab_size if self._rank == 0 else u.shape[1] - 1)
+        of_sums = spec._replace(vocab_size=spec.vocab_size if self._rank == 0 else u.shape[1] - 1)
         is_entropy = spec.formula == Formula.CROSS_ENTROPY
         if is_entropy:
-            summed = summed._replace(formula=Formula.MIXTURE_KL)
+            of_sums = of_sums._replace(formula=Formula.MIXTURE_KL)
         backend = _dispatch.choose(own.student, self._place.backend, None, "slice_sums")
-        self._sum_over_slices(backend, own, summed, soft, stats)
+        self._sum_over_slices(backend, own, of_sums, soft, stats)
         if is_entropy:
             a = counted - (peak + log_teacher).unsqueeze(1)
             soft -= torch.where(a == -math.inf, 0.0, a.exp() * a).sum(-1)
+        soft += 0.0 * (stats[:, LOG_STUDENT] + stats[:, LOG_RATIO])  # no mass at all is a NaN, as of a whole row
         soft.masked_fill_(rows.soft_scale == 0, 0.0)
         if grad is not None:
             backend.kd_grad(own, spec, stats, grad)

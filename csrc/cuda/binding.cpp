@@ -8,11 +8,11 @@ namespace {
 namespace py = pybind11;
 using namespace fastkd;
 
-// (device, stream, a function that gives the address of so many zeros).
+// (device, stream, a function that gives the address of so many bytes).
 Queue queue(const py::tuple& on) {
-    const py::object zeros = on[2];
+    const py::object memory = on[2];
     return {on[0].cast<int>(), reinterpret_cast<cudaStream_t>(on[1].cast<uintptr_t>()),
-            [zeros](int64_t bytes) { return pointer<void>(zeros(bytes).cast<uintptr_t>()); }};
+            [memory](int64_t bytes) { return pointer<void>(memory(bytes).cast<uintptr_t>()); }};
 }
 
 std::string kd_rows(const py::tuple& z, const py::tuple& u, const py::tuple& dz, uintptr_t labels,
@@ -69,7 +69,7 @@ std::string scale(const py::tuple& x, int64_t rows, int64_t inner_rows, int64_t 
     return launch_scale(p, pointer<const float>(scalar), queue(on));
 }
 
-// For a test, as are parts: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of
+// For tests, as is parts: the grids that a device with these limits gives, each as (resident, cluster, threads, bytes of
 // shared memory), the best first.
 py::list plans_for(int major, int block_shared, int sm_shared, int reserved_shared, int64_t vectors, int tensors) {
     py::list grids;

@@ -41,8 +41,8 @@ FASTKD_D void block_barrier() { __syncthreads(); }
 
 FASTKD_D void atomic_or(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 
-// Blocks of a cluster: rank and size within it; 0 and 1 before sm_90, which has no clusters nor stores that complete on a
-// barrier of the block they go to, and where no cluster was launched.
+// Blocks of a cluster: rank and size within it; 0 and 1 where none was launched, as before sm_90, which has no clusters and
+// no stores that complete on a barrier of the block they go to.
 FASTKD_D int cluster_rank() {
     unsigned rank = 0;
 #if __CUDA_ARCH__ >= 900

@@ -99,7 +99,8 @@ std::string make_ready(const Kernels& kernels, const Sizes& sizes, const Queue& 
     static std::mutex mutex;
     static std::map<std::tuple<int, const void*, int64_t>, Ready> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const std::tuple key{queue.device, kernels.streaming, sizes.vectors};
+    // What is never kept is ready for rows of any length.
+    const std::tuple key{queue.device, kernels.streaming, kernels.resident ? sizes.vectors : 0};
     if (const auto found = known.find(key); found != known.end()) {
         ready = found->second;
         return {};
@@ -119,6 +120,7 @@ std::string make_ready(const Kernels& kernels, const Sizes& sizes, const Queue& 
         if (ready.held > 0) break;
     }
     known.emplace(key, ready);
+    if (kernels.companion) known.emplace(std::tuple{queue.device, kernels.companion, int64_t{0}}, ready);
     return {};
 }
 
@@ -166,12 +168,17 @@ cudaError_t stream(const Kernels& kernels, const Sizes& sizes, void** arguments,
                    int parts) {
     const bool meet = parts > 1 && !kernels.once;
     split.share = static_cast<int>(divide_up(sizes.vectors, parts));
-    split.meetings = meet ? static_cast<Meeting*>(queue.zeros(sizes.rows * sizeof(Meeting))) : nullptr;
+    split.meetings = nullptr;
+    if (meet) {
+        const size_t bytes = sizes.rows * sizeof(Meeting);
+        split.meetings = static_cast<Meeting*>(queue.memory(bytes));
+        const cudaError_t status = cudaMemsetAsync(split.meetings, 0, bytes, queue.stream);
+        if (status != cudaSuccess) return status;
+    }
     const Config all({false, 1, kMaxThreads, split.share, 0}, sizes.rows, queue.stream, parts, meet);
     const cudaError_t status = cudaLaunchKernelExC(&all.config, kernels.streaming, arguments);
-    // A process may have been given fewer SMs than the device says.
-    if (status != cudaErrorCooperativeLaunchTooLarge) return status;
-    cudaGetLastError();
+    if (status == cudaSuccess || !meet) return status;
+    cudaGetLastError();  // a process may have been given fewer SMs than the device says
     return stream(kernels, sizes, arguments, split, queue, 1);
 }
 

@@ -17,7 +17,7 @@ struct Split;
 struct Queue {
     int device;
     cudaStream_t stream;
-    std::function<void*(int64_t)> zeros;  // so many bytes of the device's memory, for what is launched next
+    std::function<void*(int64_t)> memory;  // so many bytes of the device's, for what is launched next
 };
 
 // What of a device decides a grid; sizes in bytes.
@@ -37,8 +37,8 @@ struct Plan {
 // last one streams, which every device can.
 std::vector<Plan> plans(const Limits& limits, int64_t vectors, int tensors);
 
-// Blocks of a row that is streamed: several where at most half as many rows as SMs would leave the others idle. A thread
-// gets two vectors at least: what it does once a row costs more than they do.
+// Blocks of a row that is streamed: several where there are at most half as many rows as SMs. A thread gets two vectors at
+// least: what it does once a row costs more than they do.
 int parts_of(int64_t rows, int64_t vectors, int sms);
 
 // The kernels of a call and of those that belong to it. All are loaded at the first, so that a later one can be captured.

@@ -98,6 +98,7 @@ struct PartBlocks {
     static FASTKD_D int rank() { return part_rank(); }
     static FASTKD_D int count() { return part_count(); }
 
+    // By one thread; a block's first barrier shows it to the others.
     FASTKD_D void init(const Split& split, int row) { meeting = split.meetings + row; }
 
     template <class State>

@@ -109,14 +109,14 @@ struct RestRow {
             peak = max(u[j], peak);
         }
         if (peak > state.u_peak) move_rest(state, peak);
-        const float origin = shift_of(origin_of(state.u_peak, k));
+        const float shift = shift_of(state.u_peak);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) state.t += exp2(fma(u[j], k, -origin));
+        for (int j = 0; j < kColumns; ++j) state.t += exp2((u[j] - shift) * k);
     }
 
-    // A state that has seen nothing has a peak of −inf and gets a factor of 0.
+    // A peak may be of the smallest float, which over T overflows: no product has it alone.
     FASTKD_D void move_rest(RowState& state, float peak) const {
-        state.t *= exp2(origin_of(state.u_peak, k) - shift_of(origin_of(peak, k)));
+        state.t *= rescale(state.u_peak, peak, k);
         state.u_peak = peak;
     }
 
@@ -130,7 +130,7 @@ struct RestRow {
         RowNumbers row;
         hard.normalise(row, state, task);
         row.u_peak = shift_of(state.u_peak);
-        row.log_ratio = (log2f(state.t) + rounding_of(row.u_peak, k)) * kLn2;
+        row.log_ratio = log2f(state.t) * kLn2;
         hard.write(row, task.row);
         p.soft[task.row] = row.log_ratio;
     }
@@ -141,16 +141,15 @@ struct RestRow {
         const float inv_t = 1.0f / p.temperature;
         const float* const outcome_grad = p.outcome_grad + static_cast<int64_t>(task.row) * (listed + 1);
         float* const of_listed = scratch + static_cast<int64_t>(task.row) * listed;
-        const float origin = origin_of(row.u_peak, k), hard_origin = origin_of(row.z_peak, kLog2E);
+        const float hard_origin = origin_of(row.z_peak, kLog2E);
         const float even = task.hard_scale * hard.uniform();
         const bool is_empty = row.log_ratio == -kInfinity;
-        const float of_rest = is_empty ? 0.0f : outcome_grad[listed] * inv_t *
-                                                    exp2(rounding_of(row.u_peak, k) - row.log_ratio * kLog2E);
+        const float of_rest = is_empty ? 0.0f : outcome_grad[listed] * inv_t * exp2(-row.log_ratio * kLog2E);
         const auto of_softmax = [&](float z) {
             return fma(row.hard_factor, exp2(fma(z, kLog2E, -hard_origin)), -even);
         };
         const auto unlisted = [&](float z, float hard_part) {
-            return fma(of_rest, exp2(fma(z, k, -origin)), hard_part);
+            return fma(of_rest, exp2((z - row.u_peak) * k), hard_part);
         };
         const Sink<T> dz_row{p.dz.data + place.dz, hard.dtype_of(p.dz), static_cast<int>(p.n)};
 

@@ -384,7 +384,7 @@ struct __attribute__((may_alias)) HalfWord {
     uint16_t bits;
 };
 
-// Zeros in bytes [begin, end) of a row, which hold whole columns; the cluster's threads side by side.
+// Zeros in bytes [begin, end) of a row, which hold whole columns; the row's threads side by side.
 FASTKD_D void store_zeros(char* begin, char* end, int rank, int size) {
     const auto up = [](char* p) { return p + (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16; };
     char* const first = up(begin) < end ? up(begin) : end;

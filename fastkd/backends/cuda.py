@@ -96,11 +96,11 @@ def _call(function: Any, logits: Tensor, *arguments: Any) -> None:
         return
     used: list[Tensor] = []  # until the launch: what takes the memory afterwards comes later on the stream
 
-    def zeros(size: int) -> int:
-        used.append(torch.zeros(size, dtype=torch.uint8, device=logits.device))
+    def memory(size: int) -> int:
+        used.append(torch.empty(size, dtype=torch.uint8, device=logits.device))
         return int(used[-1].data_ptr())
 
     with torch.cuda.device(logits.device):
-        status = function(*arguments, (logits.device.index, torch.cuda.current_stream().cuda_stream, zeros))
+        status = function(*arguments, (logits.device.index, torch.cuda.current_stream().cuda_stream, memory))
     if status:
         raise RuntimeError(f"fastkd: {status}")

@@ -411,9 +411,8 @@ _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: 
 def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """The same where the two are close; the terms have the masses m − p added, so that each is >= 0."""
     p_t, p_s = columns.p_t, columns.p_s
-    d = columns.d.clamp(
-        -80.0, 80.0
-    )  # beyond, a column has no mass on one side, and all that multiplies it must stay finite
+    # Beyond, a column has no mass on one side, and all that multiplies it must stay finite.
+    d = columns.d.clamp(-80.0, 80.0)
     last = spec.summands[-1]
     if last.mix == Mix.TEACHER:
         terms, g = last.c_s * _bregman(p_s, -d, p_t), (d * -last.c_s).mul_(p_s)

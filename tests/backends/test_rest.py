@@ -73,7 +73,8 @@ def by_hand(given: Case) -> tuple[Tensor, Tensor, Tensor]:
             total = total + rows.z_scale[i].double() * torch.logsumexp(row, -1) ** 2
         rest = z.new_full((), -math.inf)
         if others and (row[others] > -math.inf).any():
-            rest = torch.logsumexp(row[others] / spec.temperature, -1)
+            peak = row[others].max().detach()  # far from 0 a logarithm of the sum has no digits for the gradient
+            rest = torch.logsumexp((row[others] - peak) / spec.temperature, -1) + peak / spec.temperature
             total = total + outcome_grad[i, -1].double() * rest
         for at, j in enumerate(listed[i].tolist()):
             if j >= 0:
@@ -129,6 +130,18 @@ def test_terms(chosen: Any, device: str, terms: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 1.7, 0.5])
 def test_temperature(chosen: Any, device: str, temperature: float) -> None:
     check(chosen, case(logits((1, 2), 300, device), 5, temperature=temperature, smoothing=0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_a_rest_of_the_smallest_float(chosen: Any, device: str, temperature: float, dtype: torch.dtype) -> None:
+    """As padding is masked; the rest is of nothing else then, and its exponents overflow by themselves."""
+    given = case(logits((1, 2), 300, device, dtype), 5, temperature=temperature, terms="z")
+    student, listed = given[0].student, given[2].long()
+    kept = student[0].gather(-1, listed.clamp(min=0))
+    student.fill_(torch.finfo(dtype).min)[0].scatter_(-1, listed.clamp(min=0), kept)
+    given[3][:, -1] = 0.0  # nothing is to be learnt of it
+    check(chosen, given)
 
 
 @pytest.mark.parametrize("columns", SIZES)

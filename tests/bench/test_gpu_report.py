@@ -158,8 +158,8 @@ def test_a_script_that_is_ended_leaves_nothing(command: list[str], monkeypatch: 
 
 def test_tests_that_take_too_long_show_what_they_have(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAULT", "slow")
-    limit(command, "cuda", 16)
-    assert report(command, "--quick", "--stage", "cuda") == (1, {"cuda": "out of time (16 s)"})
+    limit(command, "cuda", 20)
+    assert report(command, "--quick", "--stage", "cuda") == (1, {"cuda": "out of time (20 s)"})
     assert "interrupted" in Path(command[1], "cuda.log").read_text()
 
 

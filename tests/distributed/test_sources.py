@@ -212,6 +212,13 @@ def test_products_of_half_precision(ranks: Ranks) -> None:
     check_gradient(results[0][0][1][0], grad)
 
 
+def test_a_sparse_teacher_and_no_row_that_counts(ranks: Ranks) -> None:
+    keywords = {"hard_weight": 0.5, "backend": "torch"}
+    case = product(torch.float32), fastkd.top_k(torch.randn(ROWS, COLUMNS), 7), torch.full((ROWS,), -100), keywords
+    for ((loss, grads),) in ranks.run(linear_loss, [case], size=2):
+        assert loss == 0 and not any(grad.any() for grad in grads)
+
+
 def test_a_matrix_without_tokens(ranks: Ranks) -> None:
     student = fastkd.LinearLogits(torch.randn(5, 4), torch.randn(8, 4))
     labels = torch.tensor([0, 1, 2, 1, 0])

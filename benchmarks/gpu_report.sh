@@ -149,9 +149,11 @@ benchmarks() {
 
 # Ends every process that a stage left, in whichever group or session it is.
 end_stage() {
-    local entry
-    for entry in $(grep -lsxz "GPU_REPORT_STAGE=$1" /proc/[0-9]*/environ); do
-        kill -KILL "$(basename "${entry%/environ}")" 2>/dev/null
+    local found entry
+    for _ in {1..50}; do  # one may have begun another meanwhile; and some do not end at once
+        found=$(grep -lsxz "GPU_REPORT_STAGE=$1" /proc/[0-9]*/environ) || return 0
+        for entry in $found; do kill -KILL "$(basename "${entry%/environ}")" 2>/dev/null; done
+        sleep 0.1
     done
 }
 

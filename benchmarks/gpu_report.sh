@@ -151,7 +151,8 @@ benchmarks() {
 end_stage() {
     local found entry
     for _ in {1..50}; do  # one may have begun another meanwhile; and some do not end at once
-        found=$(grep -lsxz "GPU_REPORT_STAGE=$1" /proc/[0-9]*/environ) || return 0
+        found=$(grep -lsxz "GPU_REPORT_STAGE=$1" /proc/[0-9]*/environ)
+        [[ -n $found ]] || return 0
         for entry in $found; do kill -KILL "$(basename "${entry%/environ}")" 2>/dev/null; done
         sleep 0.1
     done

@@ -24,3 +24,4 @@ found = step(trainer)
 evaluated = trainer.evaluate()
 if trainer.is_world_process_zero():
     torch.save((found, {name: evaluated[name] for name in ("eval_hard_loss", "eval_soft_loss")}), folder / "found.pt")
+torch.distributed.destroy_process_group()  # else its threads may abort the process as it exits

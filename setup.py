@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from glob import glob
@@ -61,10 +62,12 @@ class BuildPython(build_py):
     def run(self) -> None:
         if self.editable_mode:
             # setuptools' finder for editable installs comes last, after a folder named fastkd in the working directory,
-            # which Python takes for a package: such is this tree, seen from its parent. Ask ours first.
+            # which Python takes for a package: such is this tree, seen from its parent. Ask ours first; what setuptools
+            # would warn of next is then no longer so.
             ours = "getattr(finder, '__module__', '').startswith('__editable___fastkd')"
             with open(os.path.join(self.get_finalized_command("install").install_lib, "fastkd_first.pth"), "w") as file:
                 file.write(f"import sys; sys.meta_path.sort(key=lambda finder: not {ours})\n")
+            warnings.filterwarnings("ignore", "Editable installation")
         else:  # What an earlier build left there, a module deleted since among it, would go into the wheel.
             shutil.rmtree(os.path.join(self.build_lib, "fastkd"), ignore_errors=True)
         super().run()

@@ -25,19 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="of the samples, plots beside it; default: fastkd-bench/DEVICE.json",
     )
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="say what changed, no more")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="say what changed, time nothing")
 
 
 def main(options: argparse.Namespace) -> int:
     if options.compare:
-        compare(*(json.loads(path.read_text()) for path in options.compare))
+        try:
+            compare(*(json.loads(path.read_text()) for path in options.compare))
+        except (OSError, ValueError, KeyError) as error:
+            return refuse(f"--compare: a file is missing, or none of this command's: {error}")
         return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return refuse("--device cuda: PyTorch finds no CUDA device here")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cases = [case for case in select(device, options.full) if options.only in case.name]
     if not cases:
-        print(f"no case contains {options.only!r}")
-        return 2
+        return refuse(f"--only: no case contains {options.only!r}")
     out = options.out or Path("fastkd-bench", f"{device}.json")
+    if out.is_dir():
+        return refuse(f"--out: {out} is a folder, must be a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"cases": []}
     try:
@@ -54,6 +60,11 @@ def main(options: argparse.Namespace) -> int:
         print(f"\n{' '.join(summary.LEGEND.split())}\n\nSamples: {out}")
         draw(results, out.with_suffix(""))
     return int(interrupted)
+
+
+def refuse(reason: str) -> int:
+    print(f"python -m fastkd bench: {reason}", file=sys.stderr)
+    return 2
 
 
 def progress(text: str) -> None:

@@ -163,7 +163,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["bench", "--only", "4 x 1000", "--seconds", "0", "--out", str(out)]) == 0
     assert main(["bench", "--compare", str(out), str(out)]) == 0
     assert "4 x 1000" in capsys.readouterr().out
-    assert main(["bench", "--only", "nothing of this name"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing of this name"], "--only: no case contains 'nothing of this name'"),
+        (["--out", "."], "--out: . is a folder, must be a file"),
+        (["--device", "cuda"], "--device cuda: PyTorch finds no CUDA device here"),
+        (["--compare", "absent.json", "absent.json"], "--compare: a file is missing, or none of this command's: "),
+    ],
+    ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
+)
+def test_a_mistake_on_the_command_line_is_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"python -m fastkd bench: {message}")
 
 
 def test_command_says_where_it_saves(

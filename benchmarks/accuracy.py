@@ -110,7 +110,7 @@ def errors(
     student, teacher = REGIMES[regime](VOCABULARIES[columns], columns)
 
     def ours(backend: str) -> Callable[[Tensor], Tensor]:
-        return lambda leaf: fastkd.kd_loss(  # type: ignore[return-value]
+        return lambda leaf: fastkd.kd_loss(
             leaf, teacher, temperature=temperature, divergence=divergence, scale_soft_by_t2=False, reduction="none",
             backend=backend,
         )  # fmt: skip
@@ -141,7 +141,7 @@ def rounding(backend: str, rows: int = 256, columns: int = 32000) -> dict[str, A
     leaf = student.clone().requires_grad_()
 
     def gradient(factor: float, reduction: str) -> Tensor:
-        loss = fastkd.kd_loss(leaf, teacher, temperature=2.0, reduction=reduction, backend=backend)  # type: ignore[call-overload]
+        loss = fastkd.kd_loss(leaf, teacher, temperature=2.0, reduction=reduction, backend=backend)
         return torch.autograd.grad(loss.sum() * factor, leaf)[0]
 
     ways = {

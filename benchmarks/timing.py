@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fastkd.demo.memory import resident_bytes
+
 # At least so many rounds of all contenders, and then as many as fit in the time.
 ROUNDS, MOST_ROUNDS = 9, 200
 # What a call is queued behind: at least so many seconds, at a clock that no GPU exceeds by much, and how many are
@@ -17,7 +19,7 @@ ROUNDS, MOST_ROUNDS = 9, 200
 LEAST_DELAY, CLOCK, DELAYS = 100e-6, 2e9, 3
 # More than the L2 cache of any GPU: written between calls, so that each finds its inputs in memory.
 FLUSH_BYTES = 256 * 2**20
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR = Path("/proc/self/clear_refs")
 
 Call = Callable[[], object]
 
@@ -97,9 +99,9 @@ def peak_bytes(call: Call, device: str) -> int | None:
         return None
     ctypes.CDLL(None).malloc_trim(0)  # freed blocks that are still resident would hide new ones
     CLEAR.write_text("5")  # the peak starts again from here
-    before = _status("VmRSS")
+    before = resident_bytes("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, resident_bytes("VmHWM") - before)
 
 
 def launches(call: Call, device: str) -> int | None:
@@ -118,9 +120,3 @@ def launches(call: Call, device: str) -> int | None:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _status(field: str) -> int:
-    """Bytes; the file says ``VmRSS:   123456 kB``."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024

@@ -33,7 +33,7 @@ def loss(backend: str, case: Case) -> Loss | None:
             student, teacher = map(fastkd.LinearLogits, (student, teacher), inputs.heads)
         if inputs.ids is not None:
             teacher = fastkd.TopK(inputs.ids, teacher, TEMPERATURE)
-        value = fastkd.kd_loss(
+        return fastkd.kd_loss(
             student,
             teacher,
             inputs.labels,
@@ -44,8 +44,6 @@ def loss(backend: str, case: Case) -> Loss | None:
             inplace_backward=case.inplace,
             backend=backend,
         )
-        assert isinstance(value, Tensor)
-        return value
 
     return run
 

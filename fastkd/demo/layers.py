@@ -28,7 +28,6 @@ TEMPERATURE, HARD_WEIGHT = 2.0, 0.1
 # squared difference drowns the other terms, and the students do worse than without it.
 HIDDEN_KIND, HIDDEN_WEIGHT = "cosine", 1.0
 PAIRS = fastkd.layer_map(STUDENT_LAYERS, TEACHER_LAYERS)
-MEASUREMENTS = 10  # of the held-out loss, in a run
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,7 @@ def train(task: Task, recipe: Recipe, seed: int, method: Method, teacher: nn.Mod
     if method.copied:
         assert teacher is not None
         fastkd.copy_layers(teacher, model, PAIRS, teacher_layers="blocks")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    # Up over the first tenth of the steps, down over the last 40 %.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) * 10 / recipe.steps, 1.0, (recipe.steps - step) / (0.4 * recipe.steps))
-    )
+    optimizer, schedule = recipe.optimizer(model)
     run = Run({0: evaluate(model, task.held_out)})
     with ExitStack() as stack:
         loss = partial(step_loss, model, teacher, method, Hidden(model, teacher, stack) if method.hidden else None)
@@ -122,7 +117,7 @@ def train(task: Task, recipe: Recipe, seed: int, method: Method, teacher: nn.Mod
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            if step % max(1, recipe.steps // MEASUREMENTS) == 0 or step == recipe.steps:
+            if recipe.is_measured(step):
                 run.held_out[step] = evaluate(model, task.held_out)
     run.seconds = time.perf_counter() - started
     return model, run
@@ -152,7 +147,7 @@ def step_loss(
         return F.cross_entropy(logits, labels)
     with torch.no_grad():
         teacher_logits = teacher(inputs).flatten(0, -2)
-    loss: Tensor = fastkd.kd_loss(
+    loss = fastkd.kd_loss(
         logits, teacher_logits, labels, temperature=TEMPERATURE, hard_weight=HARD_WEIGHT, soft_weight=1.0 - HARD_WEIGHT
     )
     return loss if hidden is None else loss + HIDDEN_WEIGHT * hidden()

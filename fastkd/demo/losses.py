@@ -38,11 +38,9 @@ def fastkd_kd(
     student: Tensor, teacher: Tensor | fastkd.TopK | None, labels: Tensor, temperature: float, hard_weight: float
 ) -> Tensor:
     assert teacher is not None
-    loss = fastkd.kd_loss(
+    return fastkd.kd_loss(
         student, teacher, labels, temperature=temperature, hard_weight=hard_weight, soft_weight=1.0 - hard_weight
     )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 def fastkd_from_hidden_states(
@@ -54,12 +52,10 @@ def fastkd_from_hidden_states(
 ) -> Tensor:
     """The same loss; the number of rows is for batches whose logits are fewer than the default lets exist at once."""
     assert teacher is not None
-    loss = fastkd.kd_loss(
+    return fastkd.kd_loss(
         student, teacher, labels, temperature=temperature, hard_weight=hard_weight, soft_weight=1.0 - hard_weight,
         chunk_rows=CHUNK_ROWS,
     )  # fmt: skip
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 LOSSES: dict[str, Loss] = {"labels": labels_only, "usual": usual_kd, "fastkd": fastkd_kd}

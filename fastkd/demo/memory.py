@@ -60,15 +60,15 @@ def _now(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    return _status("VmRSS")
+    return resident_bytes("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
-def _status(field: str) -> int:
-    """Bytes; the file says ``VmRSS:   123456 kB``."""
+def resident_bytes(field: str) -> int:
+    """Of this process: now, ``VmRSS``, or the most so far, ``VmHWM``; the file says ``VmRSS:   123456 kB``."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 

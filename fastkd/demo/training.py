@@ -36,6 +36,18 @@ class Recipe:
 
         return replace(self, batches=quarters)
 
+    def optimizer(self, model: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """AdamW, whose rate goes up over the first tenth of the steps, and down over the last 40 %."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+        steps = self.steps
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) * 10 / steps, 1.0, (steps - step) / (0.4 * steps))
+        )
+
+    def is_measured(self, step: int) -> bool:
+        """Whether the held-out loss is taken after so many steps: some ten times, and at the end."""
+        return step % max(1, self.steps // 10) == 0 or step == self.steps
+
 
 @dataclass(frozen=True)
 class Task:
@@ -134,7 +146,7 @@ def train(
         for trainee in list(trainees.values())[:: 1 if step % 2 else -1]:
             trainee.step(task, *batch)
         for name, trainee in trainees.items():
-            if step % max(1, recipe.steps // 10) == 0 or step == recipe.steps:
+            if recipe.is_measured(step):
                 trainee.run.held_out[step] = evaluate(trainee.model, task.held_out)
             after_step[name](trainee.run)
     return trainees
@@ -152,15 +164,8 @@ class Trainee:
     ) -> None:
         torch.manual_seed(seed)
         self.model, self.loss, self.teacher = recipe.model(), loss, teacher
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
-        )
-        # Up over the first tenth of the steps, down over the last 40 %.
-        steps = recipe.steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min((step + 1) * 10 / steps, 1.0, (steps - step) / (0.4 * steps))
-        )
-        self.run = Run(steps)
+        self.optimizer, self.schedule = recipe.optimizer(self.model)
+        self.run = Run(recipe.steps)
 
     def step(self, task: Task, inputs: Tensor, labels: Tensor) -> None:
         started = _now(inputs)

@@ -58,7 +58,7 @@ class Settings(TypedDict, total=False):
 
 
 class _Keywords(Settings, total=False):
-    """All of them, ``return_parts`` apart, of which the result's type depends."""
+    """All of them, ``return_parts`` apart, on which the result's type depends."""
 
     mask: Tensor | None
     soft_mask: Tensor | None

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="of the samples, plots beside it; default: fastkd-bench/DEVICE.json",
     )
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="say what changed, time nothing")
+    parser.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what changed; nothing is timed"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Distil under FSDP2, on two processes: the loss is computed where the output matrix is whole.
 
-    python examples/fsdp2.py --steps 30
+    pip install -e ".[transformers]" && python examples/fsdp2.py --steps 30
 
 ``fully_shard`` leaves each rank a slice of every parameter, and gathers a module's own within its forward. So the loss
 from hidden states goes into the forward of what is wrapped: ``Distiller`` below. The two ranks' batches have different

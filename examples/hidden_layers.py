@@ -1,5 +1,6 @@
 """Hold a student to its teacher's hidden layers too, and start it as a copy of some. Does it help, on a small text?
 
+    pip install -e ".[transformers]"
     python examples/hidden_layers.py --steps 60
 
 A teacher of 4 layers is trained on one half of a text that is on every machine, byte by byte. Then students of 2 layers

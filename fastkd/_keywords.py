@@ -16,9 +16,13 @@ ELSEWHERE = {
     "kd_ratio": "give soft_weight=kd_ratio and hard_weight=1 - kd_ratio",
     "weight_hard_loss": "it is hard_weight here",
     "weight_soft_loss": "it is soft_weight here",
+    "ce_weight": "it is hard_weight here",
+    "kd_weight": "it is soft_weight here",
     "T": "it is temperature here",
     "temp": "it is temperature here",
     "tau": "it is temperature here",
+    "teacher_temperature": "temperature is of both: multiply teacher_logits by temperature / teacher_temperature",
+    "log_target": "give logits, or log-probabilities, which are logits too: the softmax is within",
     "target": "it is labels here",
     "targets": "it is labels here",
     "attention_mask": "give mask=attention_mask.bool()",
@@ -44,7 +48,7 @@ def check_keywords(
     owner: str, function: Callable[..., Any], unknown: Mapping[str, object], hints: Mapping[str, str] = ELSEWHERE
 ) -> None:
     """Refuse keywords that ``function`` does not have, saying what they are called here."""
-    known = list(inspect.signature(function).parameters)
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
     for name in unknown:
         hint = meant(name, known, hints) or f"must be one of {', '.join(known)}"
         raise TypeError(f"{owner}: got an unknown keyword {name!r}; {hint}")

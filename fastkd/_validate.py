@@ -42,7 +42,8 @@ def check_logits(name: str, logits: Tensor, columns: str = "V", least: int = 1) 
 def _check_tensor(name: str, value: Tensor) -> None:
     """A dense tensor of real numbers."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor")
+        way = ", such as the logits of this" if hasattr(value, "logits") else ""
+        raise TypeError(f"{name}: got {type(value).__name__}, must be a tensor{way}")
     if type(value) is not Tensor or value.layout is not STRIDED or value.is_nested:
         check_dense(name, value)
     if value.dtype not in FLOAT_DTYPES:

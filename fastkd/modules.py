@@ -115,7 +115,7 @@ class KDLoss(nn.Module, Generic[Result]):
         **unknown: NoReturn,
     ) -> Result:
         if unknown:
-            _keywords.check_keywords("KDLoss.forward", KDLoss.forward, unknown)
+            _keywords.check_keywords("KDLoss.forward", KDLoss.forward, unknown, _HINTS_OF_CALL)
         return kd_loss(  # type: ignore[no-any-return]
             student_logits,
             teacher_logits,
@@ -158,6 +158,7 @@ _CHECKS: dict[str, Callable[[Any], object]] = {
 _HINTS = _keywords.ELSEWHERE | dict.fromkeys(
     ("mask", "soft_mask", "token_weights", "num_items"), "it comes at each call"
 )
+_HINTS_OF_CALL = _keywords.ELSEWHERE | dict.fromkeys(_CHECKS, "it is given to KDLoss(...), or set as its attribute")
 _FLOATS = ("temperature", "hard_weight", "soft_weight", "label_smoothing", "z_loss_weight")
 
 # What torch.load(weights_only=True) needs for a module that holds this one; none of them does anything when made.

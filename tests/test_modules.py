@@ -120,6 +120,10 @@ def test_an_unknown_keyword_of_a_call() -> None:
     student, teacher, _ = inputs((2,), 17)
     with pytest.raises(TypeError, match=r"^KDLoss.forward: got an unknown keyword 'num_items_in_batch'; it is num_"):
         fastkd.KDLoss()(student, teacher, num_items_in_batch=3)
+    with pytest.raises(TypeError, match=r"^KDLoss.forward: got an unknown keyword 'temperature'; it is given to KDLos"):
+        fastkd.KDLoss()(student, teacher, temperature=2.0)
+    with pytest.raises(TypeError, match=r"^KDLoss.forward: got an unknown keyword 'qqq'; must be one of student_lo"):
+        fastkd.KDLoss()(student, teacher, qqq=2.0)
 
 
 def test_a_module_keeps_its_books() -> None:

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ JAGGED = torch.nested.nested_tensor([Z[0], Z[1, :2]], layout=torch.jagged)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"student_logits": [[0.0]]}, TypeError, "student_logits: got list, must be a tensor"),
     ({"teacher_logits": None}, TypeError, "teacher_logits: got NoneType, must be a tensor"),
+    ({"student_logits": SimpleNamespace(logits=Z)}, TypeError, "student_logits: got SimpleNamespace, must be a tensor"),
     ({"student_logits": Z.long()}, TypeError, "student_logits: got torch.int64, must be float32, bfloat16, float16 or"),
     ({"teacher_logits": Z.bool()}, TypeError, "teacher_logits: got torch.bool, must be float32, bfloat16, float16 or"),
     ({"student_logits": torch.tensor(0.0)}, ValueError, "student_logits: got shape (), must be (..., V) with V >= 1"),

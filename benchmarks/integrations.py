@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -263,8 +262,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--seconds", type=float, default=8.0, help="of measuring a framework, after the first 9 rounds")
     arguments = parser.parse_args()
-    # transformers looks for a package of this name, and would find the folder at the root of the tree.
-    sys.modules["kernels"] = None  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     results: dict[str, Any] = {"machine": run.machine("cpu"), "cases": []}
     for name in FRAMEWORKS:

@@ -1,4 +1,4 @@
 """The Triton kernels. Installed as ``fastkd.kernels``."""
 
-if __name__ != "fastkd.kernels":  # from the root of the tree, `import kernels` would find this folder
-    raise ImportError("these kernels are the package fastkd.kernels")
+if __name__ == "kernels":  # from the root of the tree: too old a version of Hugging Face's, to whoever looks for that
+    __version__ = "0"

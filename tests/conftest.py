@@ -18,8 +18,6 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for `import tests.…`
-# transformers looks for a package of this name, and would find the folder at the root of the tree.
-sys.modules["kernels"] = None  # type: ignore[assignment]
 pytest.register_assert_rewrite("tests.assertions")
 
 from fastkd import _dispatch, _linear  # noqa: E402

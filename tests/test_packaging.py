@@ -202,6 +202,11 @@ def test_the_sdist_is_the_whole_tree_and_runs_its_tests(tree: Path, tmp_path: Pa
     checked([python, "-m", "pytest", "-q", *telling], unpacked)
 
 
+def test_from_the_root_the_folder_of_kernels_is_not_taken_for_hugging_faces_package() -> None:
+    code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert checked([sys.executable, "-c", code], ROOT).strip() == "False"
+
+
 @in_checkout
 def test_make_installs_what_a_target_needs_and_once(tree: Path) -> None:
     def installed(target: str, **environment: str) -> str:

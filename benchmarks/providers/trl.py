@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from fastkd.bench.provider import Loss, Provider, needs
 def trl(case: Case) -> Loss | None:
     if case.kind != HIDDEN_STATES or case.terms != "soft":
         return None
-    # At the root of the source tree transformers would take the folder of this name for the package.
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[case.divergence]

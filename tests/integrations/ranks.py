@@ -6,13 +6,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.modules["kernels"] = None  # type: ignore[assignment]  # as in tests/conftest.py
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from fastkd.integrations.transformers import KDConfig, KDTrainer  # noqa: E402
-from tests.integrations.models import arguments, llama, rows, step  # noqa: E402
+from fastkd.integrations.transformers import KDConfig, KDTrainer
+from tests.integrations.models import arguments, llama, rows, step
 
 folder, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = KDConfig(hard_weight=0.3, soft_weight=0.7, temperature=2.0)

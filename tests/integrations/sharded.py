@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.modules["kernels"] = None  # type: ignore[assignment]  # as in tests/conftest.py
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: E402
-from torch import distributed as dist  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from fastkd.integrations.transformers import KDConfig, KDTrainer  # noqa: E402
-from tests.integrations.models import arguments, llama, rows  # noqa: E402
+from fastkd.integrations.transformers import KDConfig, KDTrainer
+from tests.integrations.models import arguments, llama, rows
 
 folder = Path(sys.argv[1])
 student, teacher = llama(16, seed=1), llama(32, seed=2)

@@ -1,4 +1,4 @@
-"""fastkd: the knowledge-distillation loss over large vocabularies at memory speed."""
+"""fastkd: the knowledge-distillation loss over large vocabularies, forward and backward in one pass."""
 
 from fastkd._dispatch import use_backend as use_backend
 from fastkd._labels import check_labels as check_labels

@@ -28,12 +28,12 @@ def on_a_cpu() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", [
-    "functional", "modules", "hidden", "layers", "divergences", "_dispatch", "_labels", "distributed",
-    "cache.writer", "cache.dataset",
+    "functional", "modules", "hidden", "layers", "sources", "teachers", "distributed", "cache.writer", "cache.dataset",
+    "integrations.torch",
 ])  # fmt: skip
 def test_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fastkd.{name}"))
-    assert results.failed == 0
+    assert results.attempted and not results.failed
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_everything_public_is_documented() -> None:
     assert {"kd_loss", "log_softmax", "KDLoss", "JSD", "SkewKL", "SkewReverseKL", "Divergence", "use_backend"} <= set(
         public
     )
-    silent = ("KDLoss", "KDLossParts", "LinearLogits", "TopK", "HiddenLossParts", "CopyReport")
+    silent = ("KDLossParts", "LinearLogits", "TopK", "HiddenLossParts", "CopyReport")
     for name, value in public.items():
         assert value.__doc__, name
         assert "Raises:" in value.__doc__ or name in silent, name

@@ -69,13 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
     cache.add_argument("action", choices=("info", "verify"))
     cache.add_argument("path", type=Path, metavar="PATH", help="the cache's folder")
     options = parser.parse_args(arguments)
-    if options.command == "info":
-        return info()
-    if options.command == "cache":
-        return cache_command(options.action, options.path)
-    if options.command == "demo":
-        return demo_package.run(options)
-    return int(command.main(options))
+    try:
+        if options.command == "info":
+            return info()
+        if options.command == "cache":
+            return cache_command(options.action, options.path)
+        if options.command == "demo":
+            return demo_package.run(options)
+        return int(command.main(options))
+    except KeyboardInterrupt:
+        return 130  # as shells have it
 
 
 if __name__ == "__main__":

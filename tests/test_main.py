@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import __main__, _dispatch
+from fastkd import __main__, _dispatch, demo
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +32,14 @@ def test_info_of_an_override(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["info"]) == 0
     cpu = capsys.readouterr().out.split("\n\n")[-1]
     assert [line.split()[0] for line in cpu.split("\n") if "used by default" in line] == ["torch"]
+
+
+def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupted)
+    assert __main__.main(["demo"]) == 130
 
 
 def test_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:

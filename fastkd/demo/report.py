@@ -19,17 +19,10 @@ from rich.table import Table
 from fastkd import __version__
 from fastkd.demo import memory
 from fastkd.demo.losses import CACHED_K, CHUNK_ROWS
-from fastkd.demo.picture import draw
+from fastkd.demo.picture import STYLES, draw
 from fastkd.demo.training import Comparison, Run, Task, Track
 
-NAMES = {
-    "teacher": "Teacher",
-    "labels": "Student, labels only",
-    "usual": "Student, KD, usual loss",
-    "fastkd": "Student, KD, fastkd",
-    "hidden": "Student, KD, fastkd from hidden states",
-    "cache": f"Student, KD, top-{CACHED_K} cache",
-}
+NAMES = {"teacher": "(the teacher)"} | {name: style["label"] for name, style in STYLES.items()}
 # Bytes of logits below which the resident memory of a process, in pages, tells nothing about the loss.
 SMALLEST_MEASURED = 2**20
 QUARTILES = ("low", "median", "high")
@@ -50,7 +43,7 @@ def progress(console: Console) -> Iterator[Track]:
     live = console.is_terminal
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[state]}"),
@@ -58,7 +51,7 @@ def progress(console: Console) -> Iterator[Track]:
     with Progress(*columns, console=console, disable=not live) as bars:
 
         def track(name: str, steps: int) -> Callable[[Run], None]:
-            description = f"{NAMES[name]:<38}"
+            description = f"{NAMES[name]:<{max(map(len, NAMES.values()))}}"
             bar = bars.add_task(description, total=steps, state="")
 
             def on_step(run: Run) -> None:
@@ -91,11 +84,11 @@ def _peak(name: str, task: Task, device: torch.device) -> int | None:
 
 
 def _table(task: Task, comparison: Comparison, peaks: dict[str, int | None]) -> Table:
-    table = Table(box=box.SIMPLE)
-    table.add_column("", no_wrap=True)
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)  # of 80 columns, none cut off
+    table.add_column("Students", no_wrap=True)
     headings = [f"Held-out\nnats/{task.row}", "Whole step\nms", "Loss alone\nms"]
     if any(peaks.values()):
-        headings.append("Its memory\nMiB")
+        headings.append("Memory\nMiB")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, run in {"teacher": comparison.teacher, **comparison.students}.items():

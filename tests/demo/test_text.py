@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from fastkd.demo import losses, memory, text
+from fastkd.demo import losses, memory, picture, report, text
 from fastkd.demo.losses import labels_only
 from fastkd.demo.models import LanguageModel
-from fastkd.demo.training import Recipe, Task, compare, train
+from fastkd.demo.training import Comparison, Recipe, Run, Task, compare, train
 
 VOCABULARY = 320
 CPU = torch.device("cpu")
@@ -114,6 +115,16 @@ def test_a_few_steps_agree_and_repeat(files, tokenizer):
     assert comparison.teacher.final < comparison.teacher.held_out[0]
     again = compare(toy_task(ids), seed=3, track=silent)
     assert again.students["fastkd"].losses == comparison.students["fastkd"].losses
+
+
+def test_the_table_fits_80_columns(capsys):
+    run = Run(1, [1.0], {1: 12.345}, loss_seconds=[0.01, 0.0123, 0.09], step_seconds=[0.1, 0.2, 0.9])
+    comparison = Comparison(run, dict.fromkeys(picture.STYLES, run))
+    table = report._table(toy_task(torch.arange(500)), comparison, dict.fromkeys(picture.STYLES, 10**9))
+    Console(width=80).print(table)
+    printed = capsys.readouterr().out
+    assert "12.30 ± 163%*" in printed and "200 ± 100%" in printed and "954" in printed
+    assert all(style["label"] in printed for style in picture.STYLES.values()) and "…" not in printed
 
 
 def test_models_take_turns_on_the_same_batches():

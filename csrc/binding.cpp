@@ -1,7 +1,4 @@
-// The module fastkd._cpu. Pointers and numbers in, no tensor: one build serves every version of PyTorch.
-//
-// A matrix comes as (address, outer stride, inner stride, dtype), an absent one as (0, 0, 0, 0). What comes here was
-// checked above; the status that goes back is None or what is wrong, and Python raises.
+// The module fastkd._cpu. Pointers and numbers in (arguments.h), no tensor: one build serves every version of PyTorch.
 #include <sys/mman.h>
 
 #include <atomic>

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastkd import _extras
 from fastkd.bench import run, summary
 from fastkd.bench.cases import select
 
@@ -93,11 +94,11 @@ def columns(lines: list[list[str]]) -> str:
 
 
 def draw(results: dict[str, Any], base: Path) -> None:
-    try:
-        from fastkd.bench import plots
-    except ImportError as error:
-        print(f"No plots: {error}")
+    if missing := _extras.missing("matplotlib"):
+        print(f"No plots: {missing}")
         return
+    from fastkd.bench import plots
+
     for path in plots.draw(results, base):
         print(f"Plot: {path}")
 

@@ -21,7 +21,8 @@ except ImportError as error:
 
 def unavailable() -> str | None:
     if _cpu is None:
-        return f"its C++ part is not built ({_missing}); with g++ or clang installed, reinstall fastkd from source"
+        way = "with g++ or clang installed, reinstall fastkd from source, by pip's --no-cache-dir"
+        return f"its C++ part is not built ({_missing}); {way}"
     return None
 
 

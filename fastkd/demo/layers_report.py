@@ -48,7 +48,7 @@ def table(task: Task, comparison: Comparison) -> Table:
     for heading in (*(f"{step} steps" for step in steps), "s a run"):
         table.add_column(heading, justify="right", no_wrap=True)
     teacher = comparison.teacher
-    table.add_row(f"Teacher, {task.teacher.steps} steps", "", f"{teacher.final:.3f}", f"{teacher.seconds:.0f}")
+    table.add_row(f"(the teacher, {task.teacher.steps} steps)", "", f"{teacher.final:.3f}", f"{teacher.seconds:.0f}")
     for method, runs in comparison.students.items():
         cells = (spread([run.held_out[nearest(run, step)] for run in runs]) for step in steps)
         table.add_row(method, *cells, f"{mean(run.seconds for run in runs):.0f}")

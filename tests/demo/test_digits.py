@@ -10,7 +10,7 @@ def test_digits_end_to_end(tmp_path, capsys):
     assert main(["demo", "--task", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
 
     printed = capsys.readouterr().out
-    for name in ("Teacher", "labels only", "usual loss", "fastkd"):
+    for name in ("(the teacher)", "labels only", "usual loss", "fastkd"):
         assert name in printed
     assert (tmp_path / "out" / "digits.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((tmp_path / "out" / "digits.json").read_text())

@@ -15,6 +15,7 @@ html_theme = "furo"
 html_title = f"fastkd {release}"
 html_copy_source = False
 html_show_copyright = False
+html_static_path = html_css_files = ["site.css"]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -1,6 +1,6 @@
 """Distil from a teacher that is not there: it runs once and writes a cache, and the student trains from that.
 
-    python examples/offline_cache.py --out FOLDER --steps 60
+    pip install -e ".[cache]" && python examples/offline_cache.py --out FOLDER --steps 60
 
 Kill it, and start it again: the teacher goes on with the sequence after the last complete shard, the student with the
 step after its last checkpoint, and what comes out is what an undisturbed run gives, bit for bit. (The teacher is tiny

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from fastkd.integrations.transformers import KDConfig, KDTrainer
-from tests.integrations.models import arguments, llama, rows, step
+from tests.integrations.models import arguments, leave, llama, rows, step
 
 folder, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = KDConfig(hard_weight=0.3, soft_weight=0.7, temperature=2.0)
@@ -23,4 +23,4 @@ found = step(trainer)
 evaluated = trainer.evaluate()
 if trainer.is_world_process_zero():
     torch.save((found, {name: evaluated[name] for name in ("eval_hard_loss", "eval_soft_loss")}), folder / "found.pt")
-torch.distributed.destroy_process_group()  # else its threads may abort the process as it exits
+leave()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastkd.integrations.transformers import KDConfig, KDTrainer
-from tests.integrations.models import arguments, llama, rows
+from tests.integrations.models import arguments, leave, llama, rows
 
 folder = Path(sys.argv[1])
 student, teacher = llama(16, seed=1), llama(32, seed=2)
@@ -32,4 +32,4 @@ gradients = {name: parameter.grad.full_tensor() for name, parameter in student.n
 dist.all_reduce(loss.detach_())
 if dist.get_rank() == 0:
     torch.save((loss.item() / dist.get_world_size(), gradients), folder / "found.pt")
-dist.destroy_process_group()
+leave()

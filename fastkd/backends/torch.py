@@ -87,7 +87,6 @@ def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
         z, of_chunk = chunk.student, stats[at]
         exps = _exps(z, of_chunk[:, PEAK_STUDENT, None], spec.temperature)
         columns = _Columns(spec, chunk, z, exps, of_chunk)
-        # Terms are >= 0: where those of the slice are not small, neither is the value.
         if spec.formula == Formula.TOTAL_VARIATION:
             difference = columns.p_t - columns.p_s
             if not z.is_cpu or bool((0.5 * difference.abs().sum(-1) < NEAR).any()):
@@ -95,8 +94,12 @@ def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
             above, below = _sides(columns)
             parts = 0.5 * difference.abs(), above, difference, below
         else:
-            parts = _far(spec, columns) * 2
-            if not z.is_cpu or bool((parts[0].sum(-1) < NEAR * (spec.c_t + spec.c_s)).any()):
+            terms, g = _far(spec, columns)
+            # With the masses m − p, whose sum over the row is 0, each is >= 0: where those of the slice are not small,
+            # neither is the value.
+            of_masses = sum(one.c_s * one.w - one.c_t * (1.0 - one.w) for one in spec.summands)
+            parts = (terms.add_(columns.p_t - columns.p_s, alpha=of_masses), g) * 2
+            if not z.is_cpu or bool((terms.sum(-1) < NEAR * (spec.c_t + spec.c_s)).any()):
                 parts = *parts[:2], *_near(spec, columns)
         torch.stack([part.sum(-1) for part in parts], -1, out=sums[at])
     sums.masked_fill_((rows.soft_scale == 0).unsqueeze(1), 0.0)

@@ -222,6 +222,19 @@ def test_sums(chosen: Any, device: str, name: str, near: bool, slices: int) -> N
     check_slices(chosen, rows, spec, name, stats, slices)
 
 
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+@pytest.mark.parametrize("name", [name for name in SUMMED if spec_of(name).mix == Mix.BOTH or "symmetric" in name])
+def test_sums_where_mass_moves_from_slice_to_slice(chosen: Any, device: str, name: str, direction: float) -> None:
+    """Terms are >= 0: what a slice has and another has not would pass for the mark of a row that is far."""
+    rows, spec = make(device), spec_of(name)
+    rows.student.mul_(0.1)
+    rows.teacher.copy_(rows.student)[..., :101].add_(direction * 0.8)
+    sums = sums_of_slices(chosen, rows, spec, normalisers(rows, spec), 2)
+    expected = DIVERGENCES[name].definition(*normalised(rows, spec))
+    assert (sums[:, 0] < spec.near_below).all()
+    torch.testing.assert_close(taken(sums, spec, True)[0], expected, rtol=1e-5, atol=0.0)
+
+
 def test_total_variation_without_the_error_of_its_ratio(chosen: Any, device: str) -> None:
     """It feels an error of LOG_RATIO itself, which its third sum shows."""
     rows, spec = make(device, near=True), spec_of("tvd")

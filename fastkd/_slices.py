@@ -98,7 +98,8 @@ def choose(
         return _dispatch.choose(logits, place.backend, teacher, operation)
     if operation == "kd_rows":
         operation = "slice_sums"
-    return Sliced(_dispatch.choose(logits, place.backend, teacher, operation), place, agreed)
+    chosen = raise_together(place, logits, lambda: _dispatch.choose(logits, place.backend, teacher, operation))
+    return Sliced(chosen, place, agreed)
 
 
 def tokens_of(place: Place, vocab_size: int, columns: int) -> int:
@@ -233,7 +234,7 @@ class Sliced:
             "rest_peak": stats[:, PEAK_TEACHER],
             "rest": rest,
             "listed_peak": peak,
-            "listed": ((logits - _finite(peak).unsqueeze(1)) * inv_t).logsumexp(-1),
+            "listed": ((logits - finite(peak).unsqueeze(1)) * inv_t).logsumexp(-1),
         }
         call = self._call("rest_rows", rows, spec, None, listed.shape[1])
         states = self._exchange(call, state, (*rows[2:], listed.view(-1)))
@@ -257,7 +258,7 @@ class Sliced:
         assert rows.teacher is not None and rows.soft_scale is not None
         u = rows.teacher[0]
         counted = u[:, : spec.vocab_size].double()
-        peak = _finite(counted.amax(-1))
+        peak = finite(counted.amax(-1))
         log_teacher = (counted - peak.unsqueeze(1)).logsumexp(-1)
         stats = soft.new_zeros(len(soft), NUM_STATS)
         stats[:, PEAK_TEACHER], stats[:, LOG_STUDENT] = peak, log_student
@@ -449,7 +450,7 @@ def _exact_ratio(spec: RowSpec, soft: Tensor, stats: Tensor) -> Tensor:
 def _masses(peak: Tensor, log_sum: Tensor, inv_t: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of [ranks, N]: the row's peak, 0 where all is −inf, log Σ exp relative to it, and log P of the slices."""
     nothing = log_sum == -math.inf
-    of_row = _finite(peak.masked_fill(nothing, -math.inf).amax(0))
+    of_row = finite(peak.masked_fill(nothing, -math.inf).amax(0))
     relative = (peak - of_row) * inv_t + log_sum
     total = relative.exp().sum(0).log()
     return of_row, total, relative - total
@@ -477,7 +478,7 @@ def _merge_soft(spec: RowSpec, states: dict[str, Tensor], soft: Tensor, stats: T
     stats[:, GRAD_FORM] = near
 
 
-def _finite(peak: Tensor) -> Tensor:
+def finite(peak: Tensor) -> Tensor:
     return peak.masked_fill(peak == -math.inf, 0.0)
 
 

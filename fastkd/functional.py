@@ -187,8 +187,6 @@ def kd_loss(
         >>> round(loss.item(), 4), student.grad.shape
         (2.4844, torch.Size([1, 3]))
     """
-    if unknown:
-        _keywords.check_keywords("kd_loss", kd_loss, unknown)
     student, teacher, vectors = student_logits, teacher_logits, (labels, mask, soft_mask, token_weights)
     place, in_slices, spread = WHOLE, 0, None
     row_groups: tuple[str, ...] = ()
@@ -201,9 +199,10 @@ def kd_loss(
         place, in_slices, row_groups = spread.place, spread.in_slices, spread.row_groups
     elif vocab_group is not None:
         place, in_slices = _slices.place_in(vocab_group, student)
-    place = place._replace(backend=_dispatch.requested(backend))
 
-    def check() -> tuple[Divergence, Tensor]:
+    def check() -> tuple[Divergence, Tensor, str]:
+        if unknown:
+            _keywords.check_keywords("kd_loss", kd_loss, unknown)
         member = resolve(divergence)
         like = _checked("student_logits", student, place)
         _validate.check_temperature(temperature)
@@ -241,9 +240,10 @@ def kd_loss(
             raise ValueError(f"chunk_rows: got {chunk_rows} with tensors of logits, which are all there; must be None")
         elif inplace_backward:
             _validate.check_inplace(student, teacher.log_probs if isinstance(teacher, TopK) else teacher)
-        return member, like
+        return member, like, _dispatch.requested(backend)
 
-    member, like = _slices.raise_together(place, student, check)
+    member, like, name = _slices.raise_together(place, student, check)
+    place = place._replace(backend=name)
     if labels is None and soft_mask is not None:  # the soft term is all there is
         mask, soft_mask = soft_mask, None
     rows: Callable[..., tuple[Tensor, Tensor, Tensor]]

@@ -18,10 +18,10 @@ def call(group: ProcessGroup, odd: dict[str, Any], rows: int = 6, dtype: torch.d
     """What is raised, on a rank whose arguments these are, or None; and then a loss that must still be right."""
     torch.manual_seed(0)
     student, teacher, labels = inputs((rows,), 20, dtype)
-    keywords = {"hard_weight": 0.5, "labels": labels, "teacher_logits": teacher} | odd
+    keywords = {"hard_weight": 0.5, "labels": labels, "teacher_logits": teacher, "backend": "torch"} | odd
     raised = None
     try:
-        fastkd.kd_loss(student, **keywords, vocab_group=group, backend="torch")
+        fastkd.kd_loss(student, **keywords, vocab_group=group)
     except (RuntimeError, ValueError, TypeError) as error:
         raised = f"{type(error).__name__}: {error}"
     ones = torch.zeros(2, 5)
@@ -68,7 +68,8 @@ def test_another_call(ranks: Ranks, name: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("odd", "message"),
     [({"temperature": -1.0}, "temperature"), ({"teacher_logits": torch.zeros(6, 21)}, "slices of as many columns"),
-     ({"labels": torch.full((6,), 77)}, "labels: got 77")],
+     ({"labels": torch.full((6,), 77)}, "labels: got 77"), ({"backend": "none"}, "backend: got 'none'"),
+     ({"backend": "cuda"}, "backend 'cuda' cannot run here"), ({"temp": 2.0}, "it is temperature here")],
 )  # fmt: skip
 def test_a_bad_argument_of_one_rank(ranks: Ranks, odd: dict[str, Any], message: str) -> None:
     """It raises what is wrong, and the others that it did."""

@@ -61,14 +61,15 @@ def kd_rows(
         chosen.rest_rows(rows, spec, listed, hard, rest, stats)
         logits = _slices.listed_logits(rows.student, listed, rest.dtype)
         peak = logits.amax(-1)
-    z, largest = _student_outcomes(logits, peak, rest, stats[:, PEAK_TEACHER], spec)
+    has_rest = outcomes == u.shape[1]
+    z, largest = _student_outcomes(logits, peak, rest, stats[:, PEAK_TEACHER], spec.temperature, has_rest)
     outcome_grad = None if grad is None else torch.empty_like(z)
     out = None if outcome_grad is None else outcome_grad.unsqueeze(0)
     of_outcomes = spec._replace(temperature=1.0, label_smoothing=0.0, vocab_size=outcomes)
     matrices = Rows(z.unsqueeze(0), u.unsqueeze(0), None, None, soft_scale)
     if isinstance(chosen, _slices.Sliced):
         log_sum = share.log_sum + (peak - largest) / spec.temperature
-        if outcomes == u.shape[1]:
+        if has_rest:
             log_sum = torch.logaddexp(log_sum, z[:, -1].double())
         if teacher.tail == "truncate":
             b = (z - log_sum.unsqueeze(1)).to(z.dtype)
@@ -151,15 +152,17 @@ def _teacher_outcomes(teacher: TopK, spec: RowSpec, dtype: torch.dtype) -> tuple
     return listed, torch.cat((a, u_rest), -1)
 
 
-def _student_outcomes(z: Tensor, peak: Tensor, rest: Tensor, rest_peak: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
-    """(z' [N, K + 1] of the listed logits, less the largest logit over T; that [N]).
+def _student_outcomes(
+    z: Tensor, peak: Tensor, rest: Tensor, rest_peak: Tensor, temperature: float, has_rest: bool
+) -> tuple[Tensor, Tensor]:
+    """(z' [N, K + 1] of the listed logits, less the largest logit of an outcome over T; that [N]).
 
     Far from 0 it would have no digits left.
     """
-    largest = torch.maximum(peak, rest_peak.masked_fill(rest == -math.inf, -math.inf))
-    largest.masked_fill_(largest == -math.inf, 0.0)
-    of_rest = (rest_peak - largest) / spec.temperature + rest
-    return torch.cat(((z - largest.unsqueeze(1)).div_(spec.temperature), of_rest.unsqueeze(1)), -1), largest
+    of_others = rest_peak.masked_fill(rest == -math.inf, -math.inf)
+    largest = _slices.finite(torch.maximum(peak, of_others) if has_rest else peak)
+    of_rest = (rest_peak - largest) / temperature + rest
+    return torch.cat(((z - largest.unsqueeze(1)).div_(temperature), of_rest.unsqueeze(1)), -1), largest
 
 
 def _truncated(

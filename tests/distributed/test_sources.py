@@ -189,6 +189,18 @@ def test_listed_tokens_over_minus_inf(ranks: Ranks, backend: str) -> None:
     check_listed(ranks, 4, cases, agree)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_listed_tokens_far_below_the_others(ranks: Ranks, backend: str) -> None:
+    """Who are no outcome of a divergence within the listed ones, whose probabilities among all float32 has not."""
+    cases = []
+    for name in DIVERGENCES:
+        student = torch.randn(4, 40)
+        teacher = fastkd.top_k(3.0 * torch.randn(4, 40), 5, tail="support")
+        student.scatter_add_(1, teacher.ids, torch.full((4, 5), -200.0))
+        cases.append((name, student, teacher, None, {"backend": backend, "reduction": "none"}))
+    check_listed(ranks, 4, cases, no_worse_than_whole)
+
+
 def test_listed_tokens_with_triton(ranks: Ranks) -> None:
     cases = []
     for name, tail in (("forward_kl", "bucket"), ("jsd(0.5)", "support")):

@@ -172,7 +172,8 @@ class kd_loss_func:
             if states is None:
                 raise ValueError("hidden_loss: a teacher that is a TopK has no hidden states")
             hidden = self.hidden_loss(outputs.hidden_states, states, mask=counts)
-            share = 1.0 if num_items_in_batch is None else self.count / num_items_in_batch
+            # Of a step without labels both are 0.
+            share = 1.0 if num_items_in_batch is None else self.count / torch.as_tensor(num_items_in_batch).clamp(min=1)
             loss = loss + hidden * (self.hidden_weight * share)
             self.parts["hidden_loss"] = hidden.detach()
         return loss  # type: ignore[no-any-return]
@@ -237,6 +238,10 @@ class KDTrainer(Trainer):
         self._metrics = False  # which need whole logits
         self._topk: TopK | None = None
         self._totals: dict[str, Tensor] = {}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._totals = {}  # of the steps after the last log of another run
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,

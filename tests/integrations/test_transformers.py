@@ -221,6 +221,29 @@ def test_hidden_layers(tmp_path: Path, given: dict[str, Any]) -> None:
         ours(tmp_path, hidden_loss=fastkd.HiddenLoss([(1, 1)], 16, 32))
 
 
+def test_a_step_without_labels(tmp_path: Path) -> None:
+    """Leaves all as it was: no term of it is 0/0."""
+    student, teacher = models()
+    student.projections = fastkd.HiddenLoss([(1, 1)], 16, 32)
+    unlabelled = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows()]
+    trainer = KDTrainer(
+        student, arguments(tmp_path), teacher=teacher, kd_config=CONFIG, hidden_loss=student.projections,
+        train_dataset=unlabelled,
+    )  # fmt: skip
+    loss, taken = step(trainer)
+    assert loss == 0 and all((change == 0).all() for change in taken.values())
+
+
+def test_logs_of_a_second_run(tmp_path: Path) -> None:
+    """Nothing of the steps that the first had taken after its last."""
+    trainer = ours(tmp_path, given={"max_steps": 3, "logging_steps": 2})
+    for _ in range(2):
+        trainer.train()
+        (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+        logged = 0.3 * entry["hard_loss"] + 0.7 * 4 * entry["soft_loss"]
+        assert entry["loss"] == pytest.approx(logged, rel=1e-5)
+
+
 def test_a_teacher_on_disk(tmp_path: Path) -> None:
     """All tokens of it, so that it is the teacher itself."""
     student, teacher = models()

@@ -235,8 +235,9 @@ class Linear:
         # Over the chunks a gradient is summed in float32, and rounded once.
         # That of the hidden states, whole for each row of a chunk, has a part on each rank of a sliced vocabulary.
         self._group = place.group
+        # It lies row by row, whatever their strides: backward scales it where it lies.
         of_hidden = sums if place.group else hidden.dtype
-        self._of_hidden = torch.zeros_like(self._hidden, dtype=of_hidden) if wants[0] else None
+        self._of_hidden = hidden.new_zeros(self._hidden.shape, dtype=of_hidden) if wants[0] else None
         self._of_weight = weight.new_empty(weight.shape, dtype=sums) if wants[1] else None
         self._of_bias = None if bias is None or not wants[2] else torch.zeros_like(bias, dtype=sums)
         self._summed = False

@@ -134,6 +134,18 @@ def test_layouts(device: str) -> None:
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_columns_of_hidden_states_in_a_row(given: Any) -> None:
+    """A gradient lies as a tensor does, whatever the strides of its hidden states: it is scaled where it lies."""
+    student, teacher, labels = given
+    columns = student.hidden.detach().T.contiguous().T.requires_grad_()
+    grads = [
+        torch.autograd.grad(3.0 * loss_of(student._replace(hidden=hidden), teacher, labels), hidden)[0]
+        for hidden in (columns, student.hidden)
+    ]
+    torch.testing.assert_close(*grads)
+    assert grads[0].is_contiguous()
+
+
 def test_no_rows(device: str) -> None:
     student, teacher = (source((2, 0), torch.float32, width, device) for width in (WIDTH, TEACHER_WIDTH))
     labels = torch.zeros(2, 0, dtype=torch.int64, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -100,8 +100,8 @@ class capture:
         detach: hand over tensors without their graph: a teacher's that does not run under ``torch.no_grad()``.
 
     Raises:
-        ValueError: a name that the model does not have; the message lists close ones.
-        TypeError: a module that returns no tensor, when it runs.
+        ValueError: a name that the model does not have; the message lists close ones. Or no name.
+        TypeError: names that are none; or, when it runs, a module that returns no tensor.
         RuntimeError: from :meth:`take`, a module that has not run since the last one, be it that compiled code was made
             before the hooks; or, when it runs, a module under reentrant checkpointing, whose output has no gradient
             (``use_reentrant=False`` has).
@@ -115,15 +115,17 @@ class capture:
         [torch.Size([5, 3]), torch.Size([5, 3])]
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], *, detach: bool = False) -> None:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    def __init__(self, model: nn.Module, names: Iterable[str], *, detach: bool = False) -> None:
+        if not isinstance(names, Iterable) or isinstance(names, str):
             raise TypeError(f"names: got {names!r}, must be a sequence of names of submodules")
-        found = [_find(model, "names", name) for name in names]
+        self._names = tuple(names)  # an iterator can be read once
+        if not self._names:
+            raise ValueError("names: got none, must be at least one name of a submodule")
+        found = [_find(model, "names", name) for name in self._names]
         self._outputs: dict[str, Tensor] = {}
         self._detach = detach
-        self._names = tuple(names)
         self._hooks = [
-            module.register_forward_hook(self._hook(name)) for name, module in zip(names, found, strict=True)
+            module.register_forward_hook(self._hook(name)) for name, module in zip(self._names, found, strict=True)
         ]
 
     def take(self) -> tuple[Tensor, ...]:
@@ -295,6 +297,8 @@ def _own_name(name: str) -> str:
 
 def _find(model: nn.Module, argument: str, name: str) -> nn.Module:
     """The submodule of this name; with wrappers within the model, the outermost of it."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: got {name!r}, must be the name of a submodule")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name in modules:
         return modules[name]

@@ -208,6 +208,16 @@ class TestCapture:
             fastkd.capture(model, ["zzz"])
         with pytest.raises(TypeError, match="names: got 'embed', must be a sequence of names"):
             fastkd.capture(model, "embed")
+        with pytest.raises(TypeError, match="names: got 0, must be the name of a submodule"):
+            fastkd.capture(model, [0])  # type: ignore[list-item]
+        with pytest.raises(ValueError, match="names: got none, must be at least one name"):
+            fastkd.capture(model, [])
+
+    def test_names_that_can_be_read_once(self) -> None:
+        model = Model()
+        with fastkd.capture(model, iter(NAMES)) as hidden:
+            model(IDS)
+            assert [state.shape for state in hidden.take()] == [state.shape for state in expected_states(model)]
 
     def test_checkpointing(self) -> None:
         """What is computed again in backward is not collected again, and the gradients are those without."""

@@ -236,6 +236,7 @@ def copy_layers(
     teacher_list = _layers(teacher, "teacher_layers", teacher_layers)
     student_list = _layers(student, "student_layers", student_layers)
     checked = check_pairs("pairs", pairs, len(student_list), len(teacher_list), first=1)
+    student_layers, teacher_layers = _own_name(student_layers), _own_name(teacher_layers)
 
     # The names of paired layers, the student's and what stands for it in the teacher. Elsewhere names are the same.
     renamed = {_dotted(student_layers, i - 1): _dotted(teacher_layers, j - 1) for i, j in checked}

@@ -388,12 +388,18 @@ class TestCopyLayers:
         wrapped = torch.compile(teacher, backend="eager")
         report = fastkd.copy_layers(wrapped, student, fastkd.layer_map(2, 4), teacher_layers="layers")  # type: ignore[arg-type]
         assert report.copied["layers.1.linear.bias"] == "layers.3.linear.bias" and "embed.weight" in report.copied
+        # By the names that the layers have in the wrapper, too.
+        module = nn.ModuleDict({"module": student})
+        names = {"teacher_layers": "_orig_mod.layers", "student_layers": "module.layers"}
+        assert str(fastkd.copy_layers(wrapped, module, fastkd.layer_map(2, 4), **names)) == str(report)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         ("call", "kind", "message"),
         [
             (lambda t, s: fastkd.copy_layers(t, s, [(1, 2)], teacher_layers="layer"), ValueError,
              "teacher_layers: got 'layer', which Model does not have; close are 'layers'"),
+            (lambda t, s: fastkd.copy_layers(t, s, [(1, 2)], teacher_layers=None), TypeError,
+             "teacher_layers: got None, must be the name of a submodule"),
             (lambda t, s: fastkd.copy_layers(t, s, [(1, 2)], teacher_layers="layers", student_layers="head"), TypeError,
              "student_layers: 'head' is a Linear, must be a ModuleList or Sequential"),
             (lambda t, s: fastkd.copy_layers(t, s, [(1, 5)], teacher_layers="layers"), ValueError,
@@ -401,7 +407,7 @@ class TestCopyLayers:
             (lambda t, s: fastkd.copy_layers(t, s, [(0, 0)], teacher_layers="layers"), ValueError,
              "pairs: got layer 0 of the student in (0, 0), must be in [1, 2]"),
         ],
-        ids=["name", "no list", "beyond", "embeddings"],
+        ids=["name", "no name", "no list", "beyond", "embeddings"],
     )  # fmt: skip
     def test_bad_argument(self, call: Callable[..., Any], kind: type[Exception], message: str) -> None:
         teacher, student = Model(4), Model(2)

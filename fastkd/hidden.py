@@ -200,7 +200,8 @@ class HiddenLoss(nn.Module):
                 "token_weights", token_weights, student, _validate.FLOAT_DTYPES, "student_hidden_states"
             )
             # Into the rows' weights, so that the gradient is written as it is to be, once.
-            weight = student.new_full(student.shape[:-1], self.weights[index], dtype=torch.float32)
+            dtype = torch.promote_types(student.dtype, torch.float32)
+            weight = student.new_full(student.shape[:-1], self.weights[index], dtype=dtype)
             losses.append(
                 hidden_loss(
                     self.projections[index](student) if self.projections else student,

@@ -61,6 +61,15 @@ def test_by_hand() -> None:
     torch.testing.assert_close(module(student, teacher, mask=MASK), expected)
 
 
+def test_float64() -> None:
+    """Weights that float32 has not are not rounded to it."""
+    student, teacher = ([state.double() for state in of_model] for of_model in states())
+    loss, pairs = fastkd.HiddenLoss(PAIRS, 4, 4, weights=[1.0, 2.0])(student, teacher, return_parts=True)
+    expected = torch.stack([F.mse_loss(student[i], teacher[j]) for i, j in PAIRS])
+    torch.testing.assert_close(pairs, expected.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(loss, (expected[0] + 2 * expected[1]) / 3, rtol=1e-14, atol=0)
+
+
 def test_rows_weights_and_items() -> None:
     student, teacher = states()
     weights, module = torch.rand(2, 3), fastkd.HiddenLoss([(1, 1)], 4, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
@@ -226,6 +226,8 @@ class HiddenLoss(nn.Module):
 
     def _checked_weights(self, weights: Sequence[float] | None) -> list[float]:
         """Of sum 1."""
+        if weights is not None and not isinstance(weights, Iterable):
+            raise TypeError(f"weights: got {type(weights).__name__}, must be a sequence of numbers, one a pair")
         weights = [1.0] * len(self.pairs) if weights is None else list(weights)
         if len(weights) != len(self.pairs):
             raise ValueError(f"weights: got {len(weights)}, must be one a pair, {len(self.pairs)}")
@@ -237,8 +239,14 @@ class HiddenLoss(nn.Module):
 
 
 def _layer(name: str, states: Sequence[Tensor], index: int, size_name: str, size: int) -> Tensor:
+    if not isinstance(states, (Sequence, Tensor)):
+        raise TypeError(
+            f"{name}: got {type(states).__name__}, must be a sequence of tensors, such as the hidden_states of a model "
+            "that is called with output_hidden_states=True"
+        )
     if index >= len(states):
         raise ValueError(f"{name}: got {len(states)} tensors, must be more than {index}, an index of pairs")
+    _validate.check_logits(f"{name}[{index}]", states[index], "H")
     if states[index].shape[-1] != size:
         raise ValueError(f"{name}[{index}]: got a width of {states[index].shape[-1]}, must be {size_name}, {size}")
     return states[index]

@@ -151,6 +151,7 @@ def test_is_a_module() -> None:
         ({"weights": [1.0]}, ValueError, "weights: got 1, must be one a pair, 2"),
         ({"weights": [1.0, 0.0]}, ValueError, "weights: got 0.0, must be > 0; leave the pair out"),
         ({"weights": [1.0, "a"]}, TypeError, "weights: got str, must be a number"),
+        ({"weights": 2.0}, TypeError, "weights: got float, must be a sequence of numbers"),
         ({"projection": "mlp"}, ValueError, "projection: got 'mlp', must be 'linear' or None"),
         ({"projection": None}, ValueError, "projection: got None, must be 'linear' where student_size, 4, is not teac"),
     ],
@@ -168,6 +169,10 @@ def test_bad_states() -> None:
         module(student, teacher[:4])
     with pytest.raises(ValueError, match=r"^student_hidden_states\[1\]: got a width of 3, must be student_size, 4"):
         module([tensor[..., :3] for tensor in student], teacher)
+    with pytest.raises(TypeError, match=r"^student_hidden_states: got NoneType, must be .* output_hidden_states=True"):
+        module(None, teacher)
+    with pytest.raises(TypeError, match=r"^teacher_hidden_states\[2\]: got NoneType, must be a tensor"):
+        module(student, [None] * 5)
     with pytest.raises(
         ValueError, match=r"^token_weights: got shape \(3,\), must be \(2, 3\), one entry a row of stude"
     ):

@@ -112,6 +112,7 @@ def check_top_k(name: str, source: TopK, student_logits: Tensor, temperature: fl
     check_device(f"{name}.ids", ids, student_logits)
     check_device(f"{name}.log_probs", log_probs, student_logits)
     check_one_of(f"{name}.tail", source.tail, TAILS)
+    check_number(f"{name}.temperature", source.temperature)
     if source.temperature != temperature:
         raise ValueError(
             f"temperature: got {temperature} with log-probabilities of a teacher at temperature {source.temperature}, "

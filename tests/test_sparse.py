@@ -207,6 +207,7 @@ BAD = [
     (r"ids: got device meta", ValueError, listing(torch.zeros(3, 2, dtype=torch.int64, device="meta"))),
     (r"teacher_logits.tail: got 'rest', must be one of 'bucket'", ValueError, listing(tail="rest")),
     (r"temperature: got 1.0 with .* teacher at temperature 2.0", ValueError, listing(temperature=2.0)),
+    (r"teacher_logits.temperature: got Tensor, must be a number", TypeError, listing(temperature=torch.ones(2))),
     (r"ids: got 11 in row 1, must be in \[0, 11\)", ValueError, listing(torch.tensor([[0, 4], [11, 1], [2, 1]]))),
     (r"ids: got -2 in row 2, must be in", ValueError, listing(torch.tensor([[0, 4], [7, -1], [2, -2]]))),
     (r"ids: got 4 more than once in row 0", ValueError, listing(torch.tensor([[4, 4], [7, -1], [2, 1]]))),

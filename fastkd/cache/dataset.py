@@ -83,7 +83,12 @@ def pad(rows: Sequence[Row]) -> dict[str, Tensor]:
     """``input_ids`` and, where rows have them, ``labels``, padded on the right, with the ``attention_mask``."""
     rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
     return {
-        name: pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True, padding_value=padding)
+        name: pad_sequence([_integers(row[name]) for row in rows], batch_first=True, padding_value=padding)
         for name, padding in PADDING.items()
         if name in rows[0]
     }
+
+
+def _integers(values: Any) -> Tensor:
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.numel() else tensor.long()  # of an empty list PyTorch makes floats

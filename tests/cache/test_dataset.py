@@ -70,6 +70,8 @@ def test_padding(stored: cache.Cache) -> None:
     batch = left.collate([left[0], left[4]])
     assert batch["attention_mask"].tolist() == [[0, 0, 0, 0, 1, 1, 1], [1] * 7]
     check_epoch(DataLoader(left, 4, collate_fn=left.collate))
+    first_empty = cache.pad([{"input_ids": []}, {"input_ids": [3]}])["input_ids"]
+    assert first_empty.tolist() == [[0], [3]] and first_empty.dtype == torch.int64
 
 
 def test_other_rows_are_refused(stored: cache.Cache) -> None:

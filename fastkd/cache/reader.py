@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Cache:
             IndexError: there is no such sequence.
             DamagedFileError: it is damaged on disk.
         """
-        found = self._read(number + len(self) if number < 0 else number)
+        _validate.check_int("index", number)
+        found = self._read(number + len(self) if -len(self) <= number < 0 else number)
         ids, log_probs = self._empty(len(found.ids))
         _fill(ids.numpy(), log_probs.numpy(), 0, found)
         return found.digest, self._topk(ids, log_probs)
@@ -108,6 +109,8 @@ class Cache:
             DamagedFileError: a file is damaged; the message names it.
         """
         tokens.check_batch(input_ids, mask)
+        if not isinstance(indices, Iterable):
+            raise TypeError(f"indices: got {type(indices).__name__}, must be a sequence of ints")
         numbers = indices.tolist() if isinstance(indices, Tensor) else list(indices)
         if len(numbers) != len(input_ids):
             raise ValueError(f"indices: got {len(numbers)}, must be {len(input_ids)}, one a row of input_ids")

@@ -41,8 +41,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         check(topk, number)
     check(found[-1][1], 19)
     for outside in (20, -21):
-        with pytest.raises(IndexError, match=r"index: got -?\d+, the cache at .* has 20 sequences"):
+        with pytest.raises(IndexError, match=rf"index: got {outside}, the cache at .* has 20 sequences"):
             found[outside]
+    with pytest.raises(TypeError, match="index: got slice, must be an int"):
+        found[:2]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -254,5 +256,7 @@ def test_bad_sequences(tmp_path: Path) -> None:
                 writer.add(input_ids, given, mask)
         assert len(writer) == 0
         writer.add(tokens, topk)
+    with pytest.raises(TypeError, match=r"indices: got int, must be a sequence of ints"):
+        cache.Cache(tmp_path).batch(0, tokens[None])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"indices: got 2, must be 1, one a row of input_ids"):
         cache.Cache(tmp_path).batch([0, 1], tokens[None])

@@ -74,12 +74,18 @@ class Writer:
     ) -> None:
         _validate.check_temperature(temperature)
         _validate.check_one_of("tail", tail, _validate.TAILS)
-        for name, value in (("k", k), ("vocab_size", vocab_size), ("shard_bytes", shard_bytes), ("rank", rank)):
+        numbers = {"k": k, "vocab_size": vocab_size, "shard_bytes": shard_bytes, "rank": rank, "world_size": world_size}
+        for name, value in numbers.items():
             _validate.check_int(name, value)
+        k, vocab_size, shard_bytes, rank, world_size = map(int, numbers.values())  # JSON has none of NumPy's
+        if not isinstance(teacher, str):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, must be a string, the teacher's name")
         if not 1 <= k <= vocab_size < 2**31:
             raise ValueError(f"k, vocab_size: got {k} and {vocab_size}, must be 1 <= k <= vocab_size < 2³¹")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank}, must be in [0, {world_size}), world_size being {world_size}")
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes: got {shard_bytes}, must be >= 1")
         if dtype not in LOG_PROBS:
             raise TypeError(f"dtype: got {dtype}, must be torch.float16 or torch.float32")
         self._folder = Path(path)
@@ -124,11 +130,14 @@ class Writer:
                 and not stored.
 
         Raises:
-            ValueError, TypeError: a bad argument; the message names it, what came and what is allowed.
+            ValueError, TypeError: a bad argument, log-probabilities of a mass above 1 or NaN among them; the message
+                names it, what came and what is allowed.
         """
         if not isinstance(topk, TopK):
             raise TypeError(f"topk: got {type(topk).__name__}, must be a fastkd.TopK")
         ids, log_probs, temperature, tail = topk
+        _validate.check_ids("topk.ids", ids)
+        _validate.check_logits("topk.log_probs", log_probs, "k")
         if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
             input_ids, ids, log_probs = input_ids[None], ids[None], log_probs[None]
             mask = mask if mask is None else mask[None]

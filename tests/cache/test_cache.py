@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -52,7 +53,7 @@ def test_batches(tmp_path: Path, left: bool) -> None:
     """Padding on either side is neither stored nor given a teacher."""
     numbers = [4, 2, 9, 13]
     input_ids, mask, ids, log_probs = padded(numbers, left)
-    with cache.Writer(tmp_path, **SETTINGS) as writer:
+    with cache.Writer(tmp_path, **SETTINGS | {"k": np.int64(K), "vocab_size": np.int32(VOCAB)}) as writer:
         writer.add(input_ids, fastkd.TopK(ids, log_probs, 2.0), mask)
     found = cache.Cache(tmp_path)
     for position, number in enumerate(numbers):
@@ -223,6 +224,9 @@ def test_there_is_no_cache(tmp_path: Path) -> None:
     ({"k": 2.5}, "k: got float"),
     ({"temperature": 0.0}, "temperature: got 0.0"),
     ({"tail": "none"}, "tail: got 'none', must be one of 'bucket'"),
+    ({"teacher": None}, "teacher: got NoneType, must be a string"),
+    ({"shard_bytes": 0}, "shard_bytes: got 0, must be >= 1"),
+    ({"world_size": 2.0}, "world_size: got float"),
     ({"rank": 1}, r"rank: got 1, must be in \[0, 1\)"),
     ({"dtype": torch.bfloat16}, "dtype: got torch.bfloat16"),
 ])  # fmt: skip

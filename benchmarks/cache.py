@@ -59,7 +59,7 @@ def calls(shape: Shape, folder: Path) -> tuple[int, dict[str, Call], dict[str, C
     rows = (shape.sequences, shape.length)
     tokens = torch.randint(shape.vocab, rows, generator=generator)
     ids = torch.randint(shape.vocab, (*rows, shape.k), generator=generator, dtype=torch.int32)
-    topk = fastkd.TopK(ids, torch.rand(*rows, shape.k, generator=generator).log().half())
+    topk = fastkd.TopK(ids, torch.rand(*rows, shape.k, generator=generator).div(shape.k).log().half())
     narrow = ids.numpy().astype(np.uint16 if shape.vocab < 2**16 else np.uint32)
     parts = (part.reshape(shape.sequences, -1).view(np.uint8) for part in (narrow, topk.log_probs.numpy()))
     data = np.concatenate([*parts], 1)  # a row a sequence

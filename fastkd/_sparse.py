@@ -95,25 +95,34 @@ def check(teacher: TopK, vocab_size: int, soft_scale: Tensor) -> None:
     ids, log_probs = teacher[:2]
     if not ids.numel():
         return
+    counts = soft_scale != 0
     is_bad = (ids < -1) | (ids >= vocab_size)
     bad, is_twice = is_bad.any(-1), _listed_again(torch.where(is_bad, -1, ids).long(), vocab_size)
-    twice = is_twice.any(-1)
-    mass = torch.where(ids < 0, 0.0, log_probs.float().exp()).sum(-1)
-    too_much = ~(mass <= LARGEST_MASS)  # NaN, too
-    wrong = (bad | twice | too_much) & (soft_scale != 0)
-    if not bool(wrong.any()):
-        return
-    row = int(wrong.nonzero()[0])
-    if bad[row]:
-        found = ids[row][is_bad[row]]
-        raise ValueError(f"ids: got {int(found[0])} in row {row}, must be in [0, {vocab_size}), or -1 for padding")
-    if twice[row]:
+    wrong = (bad | is_twice.any(-1)) & counts
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        if bad[row]:
+            found = ids[row][is_bad[row]]
+            raise ValueError(f"ids: got {int(found[0])} in row {row}, must be in [0, {vocab_size}), or -1 for padding")
         found = ids[row][is_twice[row]]
         raise ValueError(f"ids: got {int(found[0])} more than once in row {row}, must be distinct; -1 is padding")
-    raise ValueError(
-        f"log_probs: got probabilities of sum {mass[row].item():.4g} in row {row}, must be at most 1; these are "
-        "log-probabilities over the whole vocabulary, no logits: fastkd.top_k makes them of logits"
-    )
+    check_mass(ids, log_probs, counts)
+
+
+def check_mass(ids: Tensor, log_probs: Tensor, counts: Tensor | bool = True) -> None:
+    """Raise if a row of [N, K] that counts has more mass than there is, or a NaN.
+
+    Raises:
+        ValueError: naming the first such row.
+    """
+    mass = torch.where(ids < 0, 0.0, log_probs.float().exp()).sum(-1)
+    wrong = ~(mass <= LARGEST_MASS) & counts
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"log_probs: got probabilities of sum {mass[row].item():.4g} in row {row}, must be at most 1; these are "
+            "log-probabilities over the whole vocabulary, no logits: fastkd.top_k makes them of logits"
+        )
 
 
 def _listed_again(ids: Tensor, vocab_size: int) -> Tensor:

@@ -91,15 +91,19 @@ def check_linear(name: str, source: LinearLogits, autocast: bool, least: int = 1
             raise ValueError(f"{name}.softcap: got {softcap}, must be > 0, or None for none")
 
 
+def check_ids(name: str, ids: Tensor) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: got {type(ids).__name__}, must be a tensor")
+    check_dense(name, ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got {ids.dtype}, must be torch.int32 or torch.int64")
+
+
 def check_top_k(name: str, source: TopK, student_logits: Tensor, temperature: float) -> None:
     """What it lists is looked at where that waits for nothing, with the labels."""
     ids, log_probs = source.ids, source.log_probs  # PyTorch 2.6 compiles no slice of a named tuple
     _check_tensor(f"{name}.log_probs", log_probs)
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name}.ids: got {type(ids).__name__}, must be a tensor")
-    check_dense(f"{name}.ids", ids)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}.ids: got {ids.dtype}, must be torch.int32 or torch.int64")
+    check_ids(f"{name}.ids", ids)
     if ids.dim() < 1 or ids.shape[-1] < 1 or ids.shape[:-1] != student_logits.shape[:-1]:
         raise ValueError(
             f"{name}.ids: got shape {tuple(ids.shape)}, must be {(*student_logits.shape[:-1], 'K')} with K >= 1, "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from fastkd import _validate
+from fastkd import _sparse, _validate
 from fastkd.cache import format, tokens
 from fastkd.cache.format import Header, Index
 from fastkd.cache.shard import Stored, write_shard
@@ -147,18 +147,18 @@ class Writer:
         for name, given in (("topk.ids", ids), ("topk.log_probs", log_probs)):
             if given.shape != shape:
                 raise ValueError(f"{name}: got shape {tuple(given.shape)}, must be {shape}, k a token")
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"topk.ids: got {ids.dtype}, must be int64 or int32")
         if (temperature, tail) != (header.temperature, header.tail):
             raise ValueError(
                 f"topk: got temperature {temperature} and tail {tail!r}, must be the writer's {header.temperature} and "
                 f"{header.tail!r}"
             )
-        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < header.vocab_size:
-            raise ValueError(
-                f"topk.ids: got {int(ids.min())} to {int(ids.max())}, must be in [0, {header.vocab_size}), or -1"
-            )
         where = tokens.runs(input_ids, mask)
+        listed, given = (t.flatten(0, 1) if mask is None else t[mask.to(t.device)] for t in (ids, log_probs))
+        if listed.numel() and not -1 <= int(listed.min()) <= int(listed.max()) < header.vocab_size:
+            raise ValueError(
+                f"topk.ids: got {int(listed.min())} to {int(listed.max())}, must be in [0, {header.vocab_size}), or -1"
+            )
+        _sparse.check_mass(listed, given)
         read = tokens.on_cpu(input_ids)
         # Copies: what is the caller's may change before it is written. -1 becomes what has all bits set.
         stored_ids = ids.to("cpu").numpy().astype(header.ids)

@@ -23,7 +23,7 @@ def padded(numbers: list[int], left: bool = False) -> tuple[torch.Tensor, torch.
     length = max(len(input_ids) for input_ids, _ in sequences) + 1
     input_ids = torch.full((len(numbers), length), 7)
     mask = torch.zeros(len(numbers), length, dtype=torch.bool)
-    ids, log_probs = torch.zeros(*mask.shape, K, dtype=torch.int64), torch.full((*mask.shape, K), torch.nan)
+    ids, log_probs = torch.full((*mask.shape, K), VOCAB), torch.full((*mask.shape, K), torch.nan)
     for row, (tokens, topk) in enumerate(sequences):
         run = slice(length - len(tokens), None) if left else slice(len(tokens))
         input_ids[row, run], mask[row, run] = tokens, True
@@ -250,7 +250,11 @@ def test_bad_sequences(tmp_path: Path) -> None:
         (tokens, topk._replace(ids=topk.ids + VOCAB), None, r"topk.ids: got \d+ to \d+, must be in \[0, 50\)"),
         (tokens, topk._replace(ids=topk.ids - VOCAB), None, r"topk.ids: got -\d+ to -\d+, must be in \[0, 50\)"),
         (tokens, tuple(topk), None, "topk: got tuple, must be a fastkd.TopK"),
-        (tokens, topk._replace(ids=topk.ids.float()), None, "topk.ids: got torch.float32, must be int64 or int32"),
+        (tokens, topk._replace(ids=topk.ids.float()), None, "topk.ids: got torch.float32, must be torch.int32 or"),
+        (tokens, topk._replace(ids=topk.ids.tolist()), None, "topk.ids: got list, must be a tensor"),
+        (tokens, topk._replace(log_probs=topk.ids), None, "topk.log_probs: got torch.int64, must be float32"),
+        (tokens, topk._replace(log_probs=-topk.log_probs), None, "log_probs: got probabilities of sum .* in row 0"),
+        (tokens, topk._replace(log_probs=topk.log_probs * torch.nan), None, "log_probs: got probabilities of sum nan"),
         (tokens, topk, hole, "mask: row 0 has padding between its tokens"),
         (tokens, topk, hole.long(), r"mask: got torch.int64, must be torch.bool; .* \.bool\(\)"),
     ]

@@ -113,7 +113,11 @@ def read_index(path: Path) -> Index:
 def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written beside its place, on disk before it gets its name: under that name it is whole or absent."""
     part = path.with_name(path.name + PART)
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode
     write(part)
+    part.chmod(mode)  # what safetensors writes nobody else may read
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)  # the name

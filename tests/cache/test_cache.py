@@ -212,6 +212,15 @@ def test_a_cache_can_be_sent_to_a_worker(tmp_path: Path) -> None:
     check(pickle.loads(sent)[2][1], 2)
 
 
+def test_who_may_read_it(tmp_path: Path) -> None:
+    """Who may read any new file, as the user's umask says; whatever a killed writer left."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "shard-0-000000.safetensors.part").touch(0o600)
+    write(tmp_path / "cache", range(4))
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "cache").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_there_is_no_cache(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}: there is no cache"):
         cache.Cache(tmp_path)

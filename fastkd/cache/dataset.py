@@ -68,7 +68,7 @@ class CachedDataset(Dataset[tuple[int, Row]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[int, Row]:
-        return index, self.rows[index]
+        return range(len(self))[index], self.rows[index]  # a negative one counts from the last row
 
     def collate(self, items: Sequence[tuple[int, Row]]) -> Any:
         """The batch of numbered rows."""

@@ -87,3 +87,11 @@ def test_a_part_of_the_rows(stored: cache.Cache) -> None:
     data = cache.CachedDataset(rows(), stored)
     loader = DataLoader(Subset(data, [3, 7]), 2, collate_fn=data.collate)
     assert next(iter(loader))["labels"][:, 0].tolist() == [3, 7]
+
+
+def test_rows_from_the_end(stored: cache.Cache) -> None:
+    """Of the rows, where the cache has more."""
+    data = cache.CachedDataset(rows()[:5], stored)
+    batch = data.collate([data[-1], data[-5]])
+    assert batch["labels"][:, 0].tolist() == [4, 0]
+    check(batch["teacher"]._replace(ids=batch["teacher"].ids[0], log_probs=batch["teacher"].log_probs[0]), 4)

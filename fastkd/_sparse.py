@@ -202,7 +202,9 @@ def _truncated(
                 log_m = torch.logaddexp(a + math.log(w), b + math.log1p(-w))
             term += c_t * _no_nan(p_t * (a - log_m)) + c_s * _no_nan(of_student * (b - log_m))
             g += c_s * _no_nan(of_student * (b - log_m + 1.0))
-            if w < 1.0:
+            if summand.mix == Mix.STUDENT:  # m is p_s, where this is 0 too
+                g -= c_t * p_t + c_s * of_student
+            elif summand.mix == Mix.BOTH:
                 g -= (1.0 - w) * _no_nan((b - log_m).exp() * (c_t * p_t + c_s * of_student))
     counts = soft_scale != 0
     broken = 0.0 * (p_s.sum(-1) + p_t.sum(-1))  # what _no_nan hides

@@ -194,6 +194,22 @@ def test_minus_inf(backend: str, device: str) -> None:
                 check(student, teacher, labels, backend=backend, divergence=name, **BOTH)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_token_that_the_student_cannot_give(backend: str, device: str, tail: str) -> None:
+    """Forward KL is infinite, and has the gradient that it has anywhere: that of cross-entropy."""
+    student, logits, _ = inputs((1,), COLUMNS, device=device)
+    teacher = listed(logits, tail=tail)
+    student[0, teacher.ids[0, 0]] = -torch.inf
+    grads = []
+    for divergence in ("forward_kl", "cross_entropy"):
+        leaf = student.detach().requires_grad_()
+        loss = fastkd.kd_loss(leaf, teacher, temperature=2.0, divergence=divergence, backend=backend)
+        assert loss.isposinf()
+        grads += torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(*grads)
+    assert grads[0][0, teacher.ids[0, 0]] < 0
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 def test_digits_of_the_rest(backend: str, device: str, shift: float) -> None:
     """A sure student and a doubting teacher: the student's mass of the rest is 1e-6, the teacher's 0.5."""

@@ -139,8 +139,9 @@ class Cache:
         return self.open(self._indexes[rank].shards[shard]).read(among - starts[shard])
 
     def _empty(self, *shape: int) -> tuple[Tensor, Tensor]:
-        dtype = getattr(torch, self.header.log_probs)
-        return torch.empty(*shape, self.header.k, dtype=torch.int32), torch.empty(*shape, self.header.k, dtype=dtype)
+        """Ids and log-probabilities on the CPU, whatever PyTorch's default device is."""
+        ids = torch.empty(*shape, self.header.k, dtype=torch.int32, device="cpu")
+        return ids, torch.empty_like(ids, dtype=getattr(torch, self.header.log_probs))
 
     def _topk(self, ids: Tensor, log_probs: Tensor) -> TopK:
         return TopK(ids, log_probs, self.header.temperature, self.header.tail)

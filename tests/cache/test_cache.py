@@ -92,6 +92,19 @@ def test_types_on_disk(tmp_path: Path, vocab_size: int, stored: str, dtype: torc
     assert tensors["log_probs"].dtype == dtype
 
 
+def test_a_default_device(tmp_path: Path) -> None:
+    """It is read on the CPU, and goes where the tokens are."""
+    with torch.device("cpu"):
+        tokens, topk = sequence(1)
+    with torch.device("meta"):
+        with cache.Writer(tmp_path, **SETTINGS) as writer:
+            writer.add(tokens, topk)
+        found = cache.Cache(tmp_path)
+        both = found[0][1], found.batch([0], tokens[None])
+    check(both[0], 1)
+    assert torch.equal(both[1].ids[0], both[0].ids) and torch.equal(both[1].log_probs[0], both[0].log_probs)
+
+
 def test_what_a_teacher_gives_in_bfloat16(tmp_path: Path) -> None:
     tokens, topk = sequence(1)
     log_probs = topk.log_probs.bfloat16().requires_grad_()

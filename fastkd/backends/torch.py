@@ -338,8 +338,8 @@ def _soft_gradient(spec: RowSpec, chunk: Rows, columns: _Columns, g: Tensor | No
     assert chunk.soft_scale is not None
     grad_sum, last = stats[:, GRAD_SUM, None], spec.summands[-1]
     if last.mix == Mix.TEACHER:
-        slope = (columns.d + grad_sum / last.c_s).nan_to_num_(0.0, 0.0, 0.0).mul_(-last.c_s)
-        dz = slope.mul_(columns.p_s)
+        slope = (columns.d + grad_sum / last.c_s).nan_to_num_(0.0, 0.0, 0.0)
+        dz = slope.mul_(columns.p_s).mul_(-last.c_s)
         if last is not spec:
             is_near = stats[:, GRAD_FORM, None] != 0
             masses = _difference(columns) if not is_near.is_cpu or bool(is_near.any()) else columns.p_t - columns.p_s
@@ -413,17 +413,19 @@ _FAR = {Mix.STUDENT: _student_mixture, Mix.TEACHER: _teacher_mixture, Mix.BOTH: 
 
 def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     """The same where the two are close; the terms have the masses m − p added, so that each is >= 0."""
-    p_t, p_s = columns.p_t, columns.p_s
-    # Beyond, a column has no mass on one side, and all that multiplies it must stay finite.
-    d = columns.d.clamp(-80.0, 80.0)
+    p_t, p_s, d = columns.p_t, columns.p_s, columns.d
+    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
     last = spec.summands[-1]
     if last.mix == Mix.TEACHER:
-        terms, g = last.c_s * _bregman(p_s, -d, p_t), (d * -last.c_s).mul_(p_s)
+        terms, g = last.c_s * _bregman(p_s, -d, p_t), _no_nan(p_s * d).mul_(-last.c_s)
         if last is not spec:
-            terms.add_(_bregman(p_t, d, p_s), alpha=spec.c_t)
-            g.sub_(_difference(columns), alpha=spec.c_t)
+            terms.add_(_bregman(p_t, d, p_s), alpha=c_t)
+            g.sub_(_difference(columns), alpha=c_t)
         return terms, g
-    c_t, c_s, w = spec.c_t, spec.c_s, spec.w
+    if last.mix == Mix.STUDENT:
+        return c_t * _bregman(p_t, d, p_s), _difference(columns).mul_(-c_t)
+    # Beyond, the mixture is one side's share, which d does not enter; but all that it multiplies must stay finite.
+    d = d.clamp(-80.0, 80.0)
     excess = torch.expm1(d)  # p_t/p_s − 1
     m = torch.lerp(p_s, p_t, w)
     log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
@@ -448,7 +450,7 @@ def _difference(columns: _Columns) -> Tensor:
 
 def _bregman(p: Tensor, x: Tensor, q: Tensor) -> Tensor:
     """p·x − p + q >= 0, given x = log(p/q), with all its digits as x → 0."""
-    far = (p * x).add_(q).sub_(p)
+    far = _no_nan(p * x).add_(q).sub_(p)
     if p.dtype == torch.float64:
         return torch.where(x.abs() < 0.5, (torch.expm1(-x) + x).mul_(p), far)
     series = x * (-1.0 / 5040.0)  # of exp(−x) − 1 + x, 3e-7 relative at 1/2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastkd
 from tests import reference
-from tests.assertions import check_call, expect, run
+from tests.assertions import check_call, check_gradient, check_loss, expect, run
 from tests.cases import DIVERGENCES, STRUCTURES, inputs
 
 # The cross-entropy contains the teacher's entropy: it is not small near convergence.
@@ -210,6 +210,19 @@ def test_little_mass_where_the_student_is_masked(backend: str, device: str, name
         check_call(student, teacher, backend=backend, divergence=name, reduction=reduction)
 
 
+@pytest.mark.parametrize("below", ["student", "teacher"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_little_mass_where_the_other_is_far_below(backend: str, device: str, name: str, below: str) -> None:
+    """A divergence that is small though |log p_t − log p_s| is in the hundreds at a token: it counts in full."""
+    gaps = torch.tensor([100.0, 149.0, 1e3, 1e4], device=device)
+    student, teacher = (x.to(device) for x in beside(600, 1e-3))
+    low, high = (student, teacher) if below == "student" else (teacher, student)
+    low[:, 7] = low.amax(-1) - gaps
+    high[:, 7] = high[:, 8:].logsumexp(-1) - 3.6 - gaps.log()
+    for reduction in ("none", "sum"):
+        check_call(student, teacher, backend=backend, divergence=name, reduction=reduction)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", ["forward_kl", "cross_entropy"])
 def test_one_sided_finfo_min(backend: str, device: str, name: str, temperature: float) -> None:
@@ -228,6 +241,18 @@ def test_one_sided_finfo_min(backend: str, device: str, name: str, temperature: 
     )  # fmt: skip
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
     assert (grad - exact_grad / temperature**2).norm() <= 1e-5 * exact_grad.norm() / temperature**2
+
+
+def test_weight_that_overflows_where_there_is_no_mass(backend: str, device: str) -> None:
+    """3·log(p_t/p_s) is beyond float32 where the student is masked by its smallest number; p_s is 0 there."""
+    student, teacher, _ = inputs((2,), 300, device=device)
+    student[:, 5] = torch.finfo(torch.float32).min
+    exact, exact_grad = expect(student, teacher, None, divergence="reverse_kl", reduction="none")
+    triple = fastkd.Divergence("triple", c_t=0.0, c_s=3.0, w=1.0)
+    for reduction in ("none", "sum"):
+        loss, grad = run(student, teacher, None, backend=backend, divergence=triple, reduction=reduction)
+        check_loss(loss, 3.0 * (exact if reduction == "none" else exact.sum()))
+        check_gradient(grad, 3.0 * exact_grad)
 
 
 def test_confident_row_in_float64(device: str) -> None:

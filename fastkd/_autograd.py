@@ -26,10 +26,10 @@ _OVERWRITTEN = "inplace_backward: student_logits were overwritten with their gra
 
 
 class _SecondOrder(torch.autograd.Function):
-    """The gradient, as if it depended on ``source``; its derivative is the second one, which does not exist here."""
+    """The gradient, as if it depended on ``sources``; its derivative is the second one, which does not exist here."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, grad: Tensor, source: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -37,13 +37,14 @@ class _SecondOrder(torch.autograd.Function):
         raise RuntimeError("fastkd has no second-order gradient: its backward cannot be differentiated")
 
 
-def _final(grad: Tensor, source: Tensor) -> Tensor:
+def _final(grad: Tensor, *sources: Tensor) -> Tensor:
     """A gradient on its way out: under create_graph=True it carries a node that refuses to be differentiated.
 
-    ``source`` leads to the logits in the graph, so that the node stands in the way of every derivative by them.
+    ``sources`` lead in the graph to all that it depends on, the logits and what its grad_output came from, so that the
+    node stands in the way of every derivative.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _SecondOrder.apply(grad, source)  # type: ignore[no-any-return, no-untyped-call]
+        return _SecondOrder.apply(grad, *sources)  # type: ignore[no-any-return, no-untyped-call]
     return grad
 
 
@@ -105,7 +106,7 @@ class _ScalarLoss(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 11
         grad, soft = ctx.saved_tensors
-        return _final(_scaled(grad, grad_loss, ctx.place.backend), soft), *(None,) * 10
+        return _final(_scaled(grad, grad_loss, ctx.place.backend), soft, grad_loss), *(None,) * 10
 
 
 class _LossPerRow(torch.autograd.Function):
@@ -147,7 +148,7 @@ class _LossPerRow(torch.autograd.Function):
             _op.kd_grad_(grad, *rows[1:])
         else:
             grad = _op.kd_grad(*rows)
-        return _final(grad, student), *(None,) * 10
+        return _final(grad, student, grad_loss), *(None,) * 10
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -220,7 +221,7 @@ class _LinearLoss(torch.autograd.Function):
             *grads, soft = ctx.saved_tensors
             wanted = zip(grads, wants, strict=True)
             grads = [_scaled(grad, grad_loss, ctx.place.backend) if want else grad for grad, want in wanted]
-        final = (_final(grad, soft) if want else None for grad, want in zip(grads, wants, strict=True))
+        final = (_final(grad, soft, grad_loss) if want else None for grad, want in zip(grads, wants, strict=True))
         return *final, *(None,) * 14
 
     @staticmethod
@@ -248,7 +249,7 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         logits, lse, varying = ctx.saved_tensors
         grad = _op.log_softmax_backward(grads[0], logits, lse, ctx.temperature, varying, ctx.backend)
-        return _final(grad, logits), None, None, None, None
+        return _final(grad, logits, grads[0]), None, None, None, None
 
 
 def kd_rows(
@@ -364,7 +365,7 @@ class _HiddenLossPerRow(torch.autograd.Function):
         student, teacher, scale = _saved(ctx)
         (scale,) = _times([scale], grads[0])
         _, grad = _op.hidden_rows(student, teacher, scale, ctx.kind, True, ctx.backend)
-        return _final(grad, student), *(None,) * 4
+        return _final(grad, student, grads[0]), *(None,) * 4
 
 
 def hidden_rows(student: Tensor, teacher: Tensor, scale: Tensor, kind: int, *, per_row: bool, backend: str) -> Tensor:

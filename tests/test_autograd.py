@@ -77,6 +77,23 @@ class TestSecondOrder:
                 lambda z: FUNCTIONS[function](z, *rest, backend), student, torch.ones_like(student)
             )
 
+    def test_by_what_weighs_the_loss(self, backend: str, function: str) -> None:
+        """The gradient is a multiple of a weight that learns by its size (Chen et al., 2018, GradNorm)."""
+        student, *rest = inputs((2,), 17)
+        student.requires_grad_()
+        weight = torch.tensor(2.0, requires_grad=True)
+        loss = weight * FUNCTIONS[function](student, *rest, backend)
+        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+        with pytest.raises(RuntimeError, match="second-order"):
+            torch.autograd.grad(grad.norm() + weight, weight)
+
+    def test_jvp_by_double_backward(self, backend: str, function: str) -> None:
+        student, *rest = inputs((2,), 17)
+        with pytest.raises(RuntimeError, match="second-order"):
+            torch.autograd.functional.jvp(
+                lambda z: FUNCTIONS[function](z, *rest, backend), student, torch.ones_like(student)
+            )
+
     def test_create_graph_alone(self, backend: str, function: str) -> None:
         """Is harmless: the same first gradients, bit by bit, and again from the graph it keeps."""
         student, *rest = inputs((2,), 17)

@@ -325,6 +325,8 @@ def check_num_items(
             if items < 0:
                 raise ValueError(f"num_items: got {items}, must be >= 0")
             continue
+        if items.dtype == torch.bool or items.is_complex():
+            raise TypeError(f"num_items: got {items.dtype}, must be a number, or a tensor of an integer or float dtype")
         if items.numel() != 1:
             raise ValueError(f"num_items: got shape {tuple(items.shape)}, must be a number or have one element")
         check_no_gradient("num_items", items)

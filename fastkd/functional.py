@@ -282,9 +282,9 @@ def kd_loss(
         student,
         teacher if has_soft else None,
         labels if has_hard else None,
-        hard_rows * hard_weight if has_hard else None,  # type: ignore[operator]
-        soft_rows * (soft_weight * t2) if has_soft else None,
-        hard_rows * z_loss_weight if has_z else None,
+        hard_rows * float(hard_weight) if has_hard else None,  # type: ignore[arg-type]
+        soft_rows * float(soft_weight * t2) if has_soft else None,
+        hard_rows * float(z_loss_weight) if has_z else None,
         spec,
         per_row=reduction == "none",
         place=place,
@@ -376,7 +376,7 @@ def _row_scale(
         return scale / (max(scale.numel(), 1) if counts is None else counts.count_nonzero().clamp_min_(1))
     # Of 0 items the mean is 0.
     if not isinstance(num_items, Tensor):
-        return scale / num_items if num_items != 0 else scale * 0.0
+        return scale / float(num_items) if num_items != 0 else scale * 0.0
     # All on its own device: a number of the CPU's then costs a GPU no wait.
     num_items = num_items.reshape(())
     return scale * torch.where(num_items != 0, 1.0 / num_items.to(dtype), 0.0)

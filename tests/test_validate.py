@@ -6,9 +6,11 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -69,6 +71,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_items": math.nan}, ValueError, "num_items: got nan, must be finite"),
     ({"num_items": "6"}, TypeError, "num_items: got str, must be a number"),
     ({"num_items": torch.tensor([6, 6])}, ValueError, "num_items: got shape (2,), must be a number or have one elemen"),
+    ({"num_items": torch.tensor(True)}, TypeError, "num_items: got torch.bool, must be a number, or a tensor of an i"),
+    ({"num_items": torch.tensor(6j)}, TypeError, "num_items: got torch.complex64, must be a number, or a tensor"),
     ({"num_items": (6, 6)}, TypeError, "num_items: got tuple, must be a number or a tensor"),
     ({"num_items": 6, "soft_mask": MASK}, TypeError, "num_items: got int, must be a pair with soft_mask, of the hard"),
     ({"num_items": (6, 6, 6), "soft_mask": MASK}, ValueError, "num_items: got 3, must be two, of the hard and of the"),
@@ -116,6 +120,12 @@ def test_the_good_call() -> None:
 def test_bad_argument(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match="^" + re.escape(message)):
         call(**changes)
+
+
+@pytest.mark.parametrize("number", [Fraction, np.float32, np.float64], ids=lambda number: number.__name__)
+def test_real_numbers_of_other_types(number: Any) -> None:
+    names = ("temperature", "hard_weight", "soft_weight", "label_smoothing", "z_loss_weight", "num_items")
+    assert call(**dict.fromkeys(names, number(0.5))) == call(**dict.fromkeys(names, 0.5))
 
 
 @pytest.mark.parametrize("argument", ["labels", "mask", "soft_mask", "token_weights"])

@@ -22,7 +22,7 @@ def check_labels(labels: Tensor, vocab_size: int, *, ignore_index: int = -100, m
         mask: ``(...)`` bool; rows where it is False do not count.
 
     Raises:
-        TypeError: labels that are no int64 tensor.
+        TypeError: labels that are no int64 tensor, or a mask that is none.
         ValueError: a mask of another shape or dtype; a bad label, naming the first, its row and how many there are.
     """
     _check(labels, vocab_size, counted(labels, ignore_index, mask))
@@ -32,6 +32,8 @@ def counted(labels: Tensor, ignore_index: int, mask: Tensor | None) -> Tensor:
     """Which rows count, of arguments that are as they must be."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         raise TypeError(f"labels: got {getattr(labels, 'dtype', type(labels).__name__)}, must be an int64 tensor")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, must be a tensor")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != labels.shape):
         raise ValueError(
             f"mask: got {mask.dtype} {tuple(mask.shape)}, must be bool {tuple(labels.shape)}, as labels are"

@@ -43,6 +43,8 @@ def test_check_labels_of_what_is_none() -> None:
     for mask in (torch.ones(3, 1, dtype=torch.bool), torch.ones(3)):
         with pytest.raises(ValueError, match=r"^mask: got torch.*, must be bool \(3,\), as labels are"):
             fastkd.check_labels(torch.tensor([1, 2, 3]), 8, mask=mask)
+    with pytest.raises(TypeError, match=r"^mask: got list, must be a tensor"):
+        fastkd.check_labels(torch.tensor([1]), 8, mask=[True])  # type: ignore[arg-type]
 
 
 def test_check_labels_of_nothing(device: str) -> None:

@@ -391,6 +391,7 @@ def slice_gradient(
         offset, shift = offset_and_shift(z_shift, u_shift, log_r, inv_t)
         infinite = grad_sum == float("inf")  # an infinite reverse KL has no gradient
         scale = tl.where(infinite, 0.0, soft_scale * inv_t)
+        scale = tl.where(log_r == log_r, scale, float("nan"))  # a minimum and mul0 hide a NaN of the logits
         common = tl.where(infinite, 0.0, -scale * grad_sum)
         c_t *= scale
         c_s *= scale

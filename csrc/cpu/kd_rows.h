@@ -354,7 +354,9 @@ class Row {
     void stage3() {
         const float hard_scale = p_.labels ? p_.hard_scale[row_] : 0.0f;
         const float z_scale = z_factor(p_, row_);
-        const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ : 0.0f;
+        // Comparisons hide a NaN of the logits, which the normalisers have.
+        const float nan_or_0 = static_cast<float>(0.0 * (total_s_ + total_t_));
+        const float soft = kSoft ? p_.soft_scale[row_] * inv_t_ + nan_or_0 : 0.0f;
         const float smooth = p_.smoothing / static_cast<float>(n_);
         char* dz_row = p_.dz.row(row_, p_.inner_rows);
         for (int64_t i = 0; i < tiles_of(n_); ++i) {

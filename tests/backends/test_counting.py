@@ -101,6 +101,21 @@ def test_nan_shows_in_its_row(backend: str, device: str, name: str, whose: str) 
     assert loss[1:].isnan().all()
 
 
+@pytest.mark.parametrize("filling", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_nan_shows_in_the_gradient(backend: str, device: str, name: str, whose: str, filling: float) -> None:
+    """Where a loss scaler looks for it: a gradient of numbers would be a step. +inf is what float16 overflows to."""
+    student, teacher, _ = inputs((2,), 127, device=device)
+    (student if whose == "student" else teacher)[1, 20] = filling
+    for reduction in ("none", "sum"):
+        loss, grad = run(
+            student, teacher, None, backend=backend, divergence=DIVERGENCES[name].argument, reduction=reduction
+        )
+        assert loss.sum().isnan()
+        assert grad[0].isfinite().all() and grad[1].isnan().all()
+
+
 @pytest.mark.parametrize("column", [0, 5, 126])
 def test_nan_shows_in_the_hard_term(backend: str, device: str, column: int) -> None:
     student, teacher, _ = inputs((1,), 127, device=device)

@@ -1,6 +1,10 @@
-// A pool of threads of our own: OpenMP would bring a second run-time library beside PyTorch's, whose idle threads spin.
+// Rows over PyTorch's threads, or over a pool of our own where it has none to lend.
+//
+// After an operator PyTorch's threads spin for some milliseconds, awaiting the next one: threads of others get half of
+// their cores at most, and those of another OpenMP library would spin too. So ours is the one that the process has.
 #include "threads.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -40,6 +44,14 @@ struct Job {
     void (*row)(const void*, int64_t, float*);
     std::atomic<int64_t> next{0};
 
+    // Of a thread that may have no memory: the others then take its rows.
+    void help() {
+        try {
+            work();
+        } catch (const std::bad_alloc&) {
+        }
+    }
+
     // Throws std::bad_alloc before it takes a row.
     void work() {
         float* scratch = scratch_of(scratch_floats);
@@ -47,6 +59,16 @@ struct Job {
             for (int64_t i = first; i < rows && i < first + run; ++i) row(context, i, scratch);
     }
 };
+
+// What GCC compiles "#pragma omp parallel" to; LLVM's library has it too. Null in a forked child, whose threads are gone
+// though the library does not know.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+const pid_t loaded_by = getpid();
+
+Parallel parallel() {
+    static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return getpid() == loaded_by ? found : nullptr;
+}
 
 class Pool {
    public:
@@ -80,10 +102,7 @@ class Pool {
             if (index >= helpers_) continue;
             Job& job = *job_;
             lock.unlock();
-            try {
-                job.work();
-            } catch (const std::bad_alloc&) {  // the others take its rows
-            }
+            job.help();
             lock.lock();
             if (--busy_ == 0) done_.notify_one();
         }
@@ -120,6 +139,9 @@ void parallel_rows(int64_t rows, int64_t row_bytes, int threads, int64_t scratch
     Job job{rows, run, scratch_floats, context, row};
     scratch_of(scratch_floats);  // what it throws, it throws before other threads know of the job
     if (wanted > 1) {
+        // All of them, as PyTorch has it: GNU's library ends those that a call leaves out.
+        if (const Parallel run_all = parallel())
+            return run_all([](void* of) { static_cast<Job*>(of)->help(); }, &job, static_cast<unsigned>(threads), 0);
         Pool& shared = pool();
         std::unique_lock<std::mutex> lock(shared.in_use, std::try_to_lock);
         if (lock.owns_lock()) return shared.run(job, static_cast<int>(wanted) - 1);

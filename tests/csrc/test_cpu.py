@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -116,6 +119,25 @@ def test_calls_from_many_threads() -> None:
             for got, want in zip(pool.map(lambda case: run(*case), cases), expected, strict=True):
                 assert torch.equal(got[0], want[0])
                 assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="needs an OpenMP to share"
+)
+def test_threads_are_pytorchs() -> None:
+    """Others would have to share cores with these, which spin."""
+    program = """
+import os, torch, fastkd
+torch.set_num_threads(3)
+student = torch.randn(64, 8000, requires_grad=True)
+(student + 1.0).sum().item()  # PyTorch has started its threads
+before = len(os.listdir("/proc/self/task"))
+fastkd.kd_loss(student, torch.randn(64, 8000), backend="cpu")
+print(before, len(os.listdir("/proc/self/task")))
+"""
+    before, after = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert int(before) >= 3
+    assert after == before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -57,10 +57,11 @@ struct Config {
 
 // How many clusters of a resident plan the device, or the part of it that this process was given, holds at once. Not
 // every device has clusters of each size, and what it says to one that it has not is no error: 0, it does not fit.
-int64_t clusters_held(const void* kernel, const Plan& plan, int sms) {
+int64_t clusters_held(const void* kernel, const Plan& plan, const Limits& limits, int sms) {
     int held = 0;
+    // The most, not this plan's: a kernel has one such number, for rows of every length.
     bool fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(plan.shared)) == cudaSuccess;
+                                     limits.block_shared - kStaticBytes) == cudaSuccess;
     if (fits && plan.cluster > 8)
         fits = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
     if (fits && plan.cluster > 1) {
@@ -112,11 +113,11 @@ std::string make_ready(const Kernels& kernels, const Sizes& sizes, const Queue& 
     for (const void* kernel : {kernels.resident, kernels.streaming, kernels.companion}) {
         if (status == cudaSuccess) status = load(kernel);
     }
-    if (status != cudaSuccess) return cudaGetErrorString(cudaGetLastError());
+    if (status != cudaSuccess) return cudaGetErrorString(status);
     for (const Plan& plan : plans(limits, sizes.vectors, sizes.tensors)) {
         if (plan.resident && !kernels.resident) continue;
         ready.plan = plan;
-        ready.held = plan.resident ? clusters_held(kernels.resident, plan, ready.sms) : INT_MAX;
+        ready.held = plan.resident ? clusters_held(kernels.resident, plan, limits, ready.sms) : INT_MAX;
         if (ready.held > 0) break;
     }
     known.emplace(key, ready);

@@ -16,6 +16,8 @@ Rules   0·log 0 = 0 and 0·inf = 0. d may be NaN where both sides are −inf: m
         with p_s or p_t keeps one that comes from the logits. No loads here, no temperature, no sums.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -125,13 +127,15 @@ def far_mixture(d2, p_t, p_s, log2_r, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
-def from_far_mixture(teacher, student, share, c_t, c_s, w):
-    """(S, G in the far form, whether S has digits) from the sums of :func:`far_mixture`."""
-    constant = -(c_t + c_s) * tl.where(w < 0.03125, log2_1p(-w, False) * LN_2, tl.log(1.0 - w))
-    grad_sum = student * LN_2 * -c_s
-    soft = teacher * LN_2 * c_t + grad_sum + constant
-    has_digits = soft >= tl.maximum(near_limit(c_t, c_s, w), 0.06 * constant)
-    return soft, grad_sum + share * (imbalance(c_t, c_s, w) / w), has_digits
+def from_far_mixture(teacher, student, share, c_t, c_s, w, log_v, near_below, BALANCED: tl.constexpr):
+    """(S, G in the far form, whether S has digits) from the sums of :func:`far_mixture`, a lane; log_v = log(1−w)."""
+    constant = -(c_t + c_s) * log_v
+    grad_sum = tl.sum(student, 0) * LN_2 * -c_s
+    soft = tl.sum(teacher, 0) * LN_2 * c_t + grad_sum + constant
+    has_digits = soft >= tl.maximum(near_below, 0.06 * constant)
+    if not BALANCED:
+        grad_sum += tl.sum(share, 0) * (imbalance(c_t, c_s, w) / w)
+    return soft, grad_sum, has_digits
 
 
 @triton.jit
@@ -182,11 +186,13 @@ def exact_term(b, d, p_t, p_s, c_t, c_s, w, FORMULA: tl.constexpr, MIX: tl.const
         return c_t * bregman(p_t, -log_m_t, m) + c_s * bregman(p_s, -log_m_s, m)
 
 
-@triton.jit
-def near_limit(c_t, c_s, w):
-    """Below this value of a mixture the row's terms must be exact, and g is taken in its near form."""
-    largest = -c_t * tl.log(w) - c_s * tl.log(1.0 - w)
-    return tl.minimum(0.05 * (c_t + c_s), 0.25 * largest)
+def mixture_limits(c_t: float, c_s: float, w: float) -> tuple[float, float]:
+    """(log(1−w), the value of a mixture below which the row's terms must be exact, and g is taken in its near form)."""
+    if w in (0.0, 1.0):
+        return 0.0, 0.0
+    log_v = math.log1p(-w)
+    largest = -c_t * math.log(w) - c_s * log_v
+    return log_v, min(0.05 * (c_t + c_s), 0.25 * largest)
 
 
 def moment_rule(formula: int, mix: int) -> int:

@@ -45,6 +45,7 @@ from fastkd.kernels.divergence import (
     NEAR,
     TOTAL_VARIATION,
     from_far_mixture,
+    mixture_limits,
     moment_rule,
 )
 from fastkd.kernels.lse import LN_2, LOG2_E, PER, align, row_start, shift_of, slice_at
@@ -179,7 +180,7 @@ def gradient(
 def kd_rows_kernel(
     z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, hard_ptr, soft_ptr, stats_ptr, dz_ptr,
     rows, inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
-    n, columns, temperature, c_t, c_s, w, smoothing,
+    n, columns, temperature, c_t, c_s, w, log_v, near_below, smoothing,
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
     SMOOTH: tl.constexpr, FAST_LOG: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
@@ -190,8 +191,8 @@ def kd_rows_kernel(
     GRAD: tl.constexpr = dz_ptr is not None
     inv_t = 1.0 / temperature
     k = inv_t * LOG2_E
-    for turn in tl.range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn * tl.num_programs(0)
+    for further in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
+        row = tl.program_id(0) + further
         hard_scale, soft_scale, z_scale, counts = row_scales(hard_scale_ptr, soft_scale_ptr, z_scale_ptr, row)
         if not counts:
             tl.store(hard_ptr + row, 0.0)
@@ -236,7 +237,7 @@ def kd_rows_kernel(
                         BALANCED, FAST_LOG, BLOCK, VEC, PEEL,
                     )  # fmt: skip
                     soft, grad_sum, has_digits = from_far_mixture(
-                        tl.sum(teacher, 0), tl.sum(student, 0), tl.sum(share, 0), c_t, c_s, w
+                        teacher, student, share, c_t, c_s, w, log_v, near_below, BALANCED
                     )
                 elif FORMULA != TOTAL_VARIATION:
                     soft, grad_sum, has_digits = from_moment(
@@ -251,7 +252,7 @@ def kd_rows_kernel(
                         grad_sum = tl.sum(sum_far, 0)
                     soft, grad_sum, form = from_exact_sums(
                         tl.sum(sum_term, 0), grad_sum, tl.sum(sum_near, 0), tl.sum(sum_excess, 0),
-                        c_t, c_s, w, FORMULA, MIX,
+                        c_t, c_s, w, near_below, FORMULA, MIX,
                     )  # fmt: skip
             store_row(
                 hard_ptr, soft_ptr, stats_ptr, row,
@@ -379,7 +380,7 @@ def slice_gradient_kernel(
     z_ptr, u_ptr, y_ptr, hard_scale_ptr, soft_scale_ptr, z_scale_ptr, hard_ptr, soft_ptr, stats_ptr, states_ptr,
     sums_ptr, dz_ptr,
     inner_rows, z_outer, z_inner, u_outer, u_inner, dz_outer, dz_inner,
-    n, columns, width, slices, temperature, c_t, c_s, w, smoothing,
+    n, columns, width, slices, temperature, c_t, c_s, w, near_below, smoothing,
     FORMULA: tl.constexpr, MIX: tl.constexpr, BALANCED: tl.constexpr, MOMENT: tl.constexpr, POWER: tl.constexpr,
     SMOOTH: tl.constexpr, FAST_LOG: tl.constexpr, MAX: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
@@ -435,7 +436,7 @@ def slice_gradient_kernel(
                 soft, grad_sum, form = from_exact_sums(
                     tl.sum(tl.load(ptrs, at < slices, 0.0), 0), tl.sum(tl.load(ptrs + 1, at < slices, 0.0), 0),
                     tl.sum(tl.load(ptrs + 2, at < slices, 0.0), 0), tl.sum(tl.load(ptrs + 3, at < slices, 0.0), 0),
-                    c_t, c_s, w, FORMULA, MIX,
+                    c_t, c_s, w, near_below, FORMULA, MIX,
                 )  # fmt: skip
         if part == 0:
             store_row(
@@ -491,6 +492,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     }  # fmt: skip
     hard_kind = hard_kind_of(spec)
     weights = (spec.c_t, spec.c_s, spec.w)
+    log_v, near_below = mixture_limits(*weights)
     inputs = (inner, *row_strides(z), *row_strides(u))
     with device_of(z):
         if hard is not None and slices == 1:
@@ -500,7 +502,8 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             least = LEAST_SHARE_OF_THREE if kind["MOMENT"] == MOMENT_NONE else LEAST_SHARE
             kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"], least),)](
                 z, u, y, hard_scale, soft_scale, z_scale, hard, soft, stats, grad,
-                count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, spec.label_smoothing,
+                count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, log_v, near_below,
+                spec.label_smoothing,
                 **kind, **hard_kind, **tiles, **options,
             )  # fmt: skip
             return
@@ -522,6 +525,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             )  # fmt: skip
         slice_gradient_kernel[grid if grad is not None else (count, 1)](
             z, u, y, hard_scale, soft_scale, z_scale, hard, soft, stats, states, sums, grad,
-            *inputs, *row_strides(grad), n, columns, width, slices, spec.temperature, *weights, spec.label_smoothing,
+            *inputs, *row_strides(grad), n, columns, width, slices, spec.temperature, *weights, near_below,
+            spec.label_smoothing,
             **kind, **hard_kind, MAX=MAX_SLICES, **tiles, **options,
         )  # fmt: skip

@@ -117,8 +117,8 @@ def log_softmax_kernel(
 ):  # fmt: skip
     inv_t = 1.0 / temperature
     k = inv_t * LOG2_E
-    for turn in tl.range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn * tl.num_programs(0)
+    for further in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
+        row = tl.program_id(0) + further
         start, head = align(row_start(row, inner_rows, x_outer, x_inner), VEC, PEEL)
         out_start = align(row_start(row, inner_rows, out_outer, out_inner), VEC, PEEL)[0]
         peak, total = slice_state(x_ptr + start, head, columns + head, k, BLOCK, VEC, PEEL)
@@ -180,8 +180,8 @@ def log_softmax_backward_kernel(
     dy_ptr, x_ptr, lse_ptr, dx_ptr, rows, inner_rows, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
     columns, temperature, BLOCK: tl.constexpr, VEC: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
-    for turn in tl.range(0, tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
-        row = tl.program_id(0) + turn * tl.num_programs(0)
+    for further in tl.range(0, rows - tl.program_id(0), tl.num_programs(0)):
+        row = tl.program_id(0) + further
         start, head = align(row_start(row, inner_rows, dy_outer, dy_inner), VEC, PEEL)
         x_start = align(row_start(row, inner_rows, x_outer, x_inner), VEC, PEEL)[0]
         dx_start = align(row_start(row, inner_rows, dx_outer, dx_inner), VEC, PEEL)[0]

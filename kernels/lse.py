@@ -98,9 +98,14 @@ def tile_at(
 @triton.jit
 def columns_of(BLOCK: tl.constexpr, VEC: tl.constexpr):
     """The columns of a tile, from its start. [PER, lanes, VEC]."""
-    LANES: tl.constexpr = BLOCK // VEC // PER
-    vector = tl.arange(0, PER)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-    return vector * VEC + tl.arange(0, VEC)[None, None, :]
+    return of_tile(tl.arange(0, BLOCK), VEC)
+
+
+@triton.jit
+def of_tile(x, VEC: tl.constexpr):
+    """What is of columns in a row, [BLOCK], as a tile. Memory is accessed by the former: of a tile, Triton before 3.9
+    spreads a lane's vectors over threads, which must then be summed by shuffles."""
+    return tl.reshape(x, [PER, x.numel // VEC // PER, VEC])
 
 
 @triton.jit
@@ -117,7 +122,13 @@ def lane_sum(x):
 @triton.jit
 def inside(tile, head, length, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """Which columns of a tile are the row's."""
-    cols = columns_of(BLOCK, VEC)
+    return of_tile(within(tile, head, length, BLOCK), VEC)
+
+
+@triton.jit
+def within(tile, head, length, BLOCK: tl.constexpr):
+    """The same of columns in a row."""
+    cols = tl.arange(0, BLOCK)
     return (cols >= head - tile) & (cols < length - tile)
 
 
@@ -128,18 +139,19 @@ def load_tile(
 ):  # fmt: skip
     """In float32, −inf outside the row."""
     if MASKED:
-        mask = inside(tile, head, length, BLOCK, VEC)
-        ptrs = ptr + tile + columns_of(BLOCK, VEC)
-        return tl.load(ptrs, mask=mask, other=-float("inf"), eviction_policy=EVICT).to(tl.float32)
+        mask = within(tile, head, length, BLOCK)
+        ptrs = ptr + tile + tl.arange(0, BLOCK)
+        x = tl.load(ptrs, mask=mask, other=-float("inf"), eviction_policy=EVICT)
     elif ptr.dtype.element_ty == tl.bfloat16:
         # By pairs: the halves of a word are an instruction each, where two numbers take three.
-        pairs = (ptr + tile).to(tl.pointer_type(tl.uint32)) + columns_of(BLOCK // 2, VEC // 2)
+        pairs = (ptr + tile).to(tl.pointer_type(tl.uint32)) + tl.arange(0, BLOCK // 2)
         pair = tl.load(pairs, eviction_policy=EVICT)
         low = (pair << 16).to(tl.float32, bitcast=True)
         high = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(low, high), [PER, BLOCK // VEC // PER, VEC])
+        x = tl.interleave(low, high)
     else:
-        return tl.load(ptr + tile + columns_of(BLOCK, VEC), eviction_policy=EVICT).to(tl.float32)
+        x = tl.load(ptr + tile + tl.arange(0, BLOCK), eviction_policy=EVICT)
+    return of_tile(x.to(tl.float32), VEC)
 
 
 @triton.jit
@@ -161,10 +173,10 @@ def listed_tile(ptr, tile, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, tile, head, length, x, BLOCK: tl.constexpr, VEC: tl.constexpr, MASKED: tl.constexpr):
-    ptrs = ptr + tile + columns_of(BLOCK, VEC)
-    x = x.to(ptr.dtype.element_ty)
+    ptrs = ptr + tile + tl.arange(0, BLOCK)
+    x = tl.reshape(x.to(ptr.dtype.element_ty), [BLOCK])
     if MASKED:
-        tl.store(ptrs, x, mask=inside(tile, head, length, BLOCK, VEC), eviction_policy=DROP)
+        tl.store(ptrs, x, mask=within(tile, head, length, BLOCK), eviction_policy=DROP)
     else:
         tl.store(ptrs, x, eviction_policy=DROP)
 

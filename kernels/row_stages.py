@@ -29,7 +29,6 @@ from fastkd.kernels.divergence import (
     far_mixture,
     log2_odds,
     mul0,
-    near_limit,
     ratio,
 )
 from fastkd.kernels.lse import (
@@ -327,7 +326,7 @@ def slice_exact_sums(
 
 @triton.jit
 def from_exact_sums(
-    soft, sum_far, sum_near, sum_excess, c_t, c_s, w, FORMULA: tl.constexpr, MIX: tl.constexpr
+    soft, sum_far, sum_near, sum_excess, c_t, c_s, w, near_below, FORMULA: tl.constexpr, MIX: tl.constexpr
 ):  # fmt: skip
     """(S, G, the form of g: 0 far, 1 near) of a row that has been summed."""
     if FORMULA == TOTAL_VARIATION:
@@ -355,7 +354,7 @@ def from_exact_sums(
     elif MIX == MIX_STUDENT:  # at any distance
         return soft, sum_near, 1.0
     else:
-        near = soft < near_limit(c_t, c_s, w)
+        near = soft < near_below
         return soft, tl.where(near, sum_near, sum_far), tl.where(near, 1.0, 0.0)
 
 

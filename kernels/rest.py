@@ -149,9 +149,7 @@ def rest_grad_kernel(
         hard_scale, z_scale, z_shift, log_h, tl.load(stats_ptr + LABEL_REST), smoothing, n
     )
     outcome_ptr += row.to(tl.int64) * (num_listed + 1)
-    # A rest of the smallest float, whose exponents overflow by themselves at a small T, is taken for nothing.
-    is_empty = (rest == -float("inf")) | (u_shift * inv_t * LOG2_E == -float("inf"))
-    u_shift = tl.where(is_empty, 0.0, u_shift)
+    is_empty = rest == -float("inf")
     of_rest = tl.where(is_empty, 0.0, tl.load(outcome_ptr + num_listed))
 
     # The listed columns of this slice, before its logits may be written over.

@@ -366,6 +366,13 @@ def rounded_normaliser(shift, log_sum, k):
 
 
 @triton.jit
+def factor_of(shift, k):
+    """What exponents relative to a peak are multiplied by: k, or 1 of a huge peak, whose product with k is rounded by
+    much or overflows. Logits that differ there do so by 64 or more: all but the largest are nothing, whatever k is."""
+    return tl.where(tl.abs(shift) > 536870912.0, 1.0, k)
+
+
+@triton.jit
 def hard_factors(hard_scale, z_scale, z_shift, log_h, rest, smoothing, n):
     """Of the hard term and the z-loss: (the factor of softmax(z), the label's gradient, what smoothing takes off)."""
     z_grad = tl.where(z_scale != 0.0, 2.0 * z_scale * (z_shift + log_h), 0.0)  # of softmax(z), at the label too
@@ -400,8 +407,13 @@ def slice_gradient(
         # rounding's inverse into its factors.
         PRODUCTS: tl.constexpr = (MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION) and FORM == FAR
         if PRODUCTS:
-            s_at, of_s = rounded_normaliser(z_shift, log_s, k)
-            t_at, of_t = rounded_normaliser(u_shift, log_s + log_r, k)
+            k_s = k
+            k_t = k
+            if u_ptr is None:
+                k_s = factor_of(z_shift, k)
+                k_t = factor_of(u_shift, k)
+            s_at, of_s = rounded_normaliser(z_shift, log_s, k_s)
+            t_at, of_t = rounded_normaliser(u_shift, log_s + log_r, k_t)
             common *= of_s
             c_t *= of_t
             c_s *= of_s
@@ -423,8 +435,8 @@ def slice_gradient(
                     u = load_tile(u_ptr, tile, head, length, BLOCK, VEC, masked, DROP)
                 v = u - u_shift
                 if PRODUCTS:
-                    p_s = tl.exp2(tl.fma(z, k, -s_at))
-                    p_t = tl.exp2(tl.fma(u, k, -t_at))
+                    p_s = tl.exp2(tl.fma(z, k_s, -s_at))
+                    p_t = tl.exp2(tl.fma(u, k_t, -t_at))
                 else:
                     p_s = tl.exp2(x * k - log_s * LOG2_E)
                     p_t = tl.exp2(v * k - (log_s + log_r) * LOG2_E)

@@ -72,7 +72,7 @@ build() {
     arch=$(gpu compute_cap) || return
     # Where there is no pyproject.toml, beside which an older setuptools refuses to run.
     cd "$site" && rm -f fastkd/*.so fastkd/_built.json && ln -sfn "$tree/csrc" "$tree/setup.py" . || return
-    FASTKD_REQUIRE=cpu,cuda FASTKD_CUDA_ARCHS=${arch/./} "$python" setup.py build_ext --inplace || return
+    FASTKD_REQUIRE=cpu,cuda FASTKD_CUDA_ARCHS=${arch/./} "$python" setup.py build_ext --inplace --parallel 2 || return
     cp fastkd/*.so fastkd/_built.json "$tree/fastkd/" || return  # for stages that are run later
     "$python" -c 'from fastkd import _built, _cpu, _cuda; print(_built.targets())'
 }

@@ -16,8 +16,6 @@ Rules   0·log 0 = 0 and 0·inf = 0. d may be NaN where both sides are −inf: m
         with p_s or p_t keeps one that comes from the logits. No loads here, no temperature, no sums.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -184,15 +182,6 @@ def exact_term(b, d, p_t, p_s, c_t, c_s, w, FORMULA: tl.constexpr, MIX: tl.const
         log_m_t = tl.where(d < SMALL, log_m_s - d, log2(w + (1.0 - w) * tl.exp2(-d * LOG2_E), FAST_LOG) * LN_2)
         m = w * p_t + (1.0 - w) * p_s
         return c_t * bregman(p_t, -log_m_t, m) + c_s * bregman(p_s, -log_m_s, m)
-
-
-def mixture_limits(c_t: float, c_s: float, w: float) -> tuple[float, float]:
-    """(log(1−w), the value of a mixture below which the row's terms must be exact, and g is taken in its near form)."""
-    if w in (0.0, 1.0):
-        return 0.0, 0.0
-    log_v = math.log1p(-w)
-    largest = -c_t * math.log(w) - c_s * log_v
-    return log_v, min(0.05 * (c_t + c_s), 0.25 * largest)
 
 
 def moment_rule(formula: int, mix: int) -> int:

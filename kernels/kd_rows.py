@@ -17,6 +17,8 @@ Grid    As many programs as fill the GPU, or as many rows as L2 holds; each walk
         gradient of a slice; each merges what the slices before it left, all in the same order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,6 @@ from fastkd.kernels.divergence import (
     NEAR,
     TOTAL_VARIATION,
     from_far_mixture,
-    mixture_limits,
     moment_rule,
 )
 from fastkd.kernels.lse import LN_2, LOG2_E, PER, align, row_start, shift_of, slice_at
@@ -492,7 +493,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     }  # fmt: skip
     hard_kind = hard_kind_of(spec)
     weights = (spec.c_t, spec.c_s, spec.w)
-    log_v, near_below = mixture_limits(*weights)
+    log_v = math.log1p(-spec.w) if spec.w < 1.0 else 0.0
     inputs = (inner, *row_strides(z), *row_strides(u))
     with device_of(z):
         if hard is not None and slices == 1:
@@ -502,7 +503,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             least = LEAST_SHARE_OF_THREE if kind["MOMENT"] == MOMENT_NONE else LEAST_SHARE
             kd_rows_kernel[(programs_of(gpu, count, row_bytes, options["num_warps"], least),)](
                 z, u, y, hard_scale, soft_scale, z_scale, hard, soft, stats, grad,
-                count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, log_v, near_below,
+                count, *inputs, *row_strides(grad), n, columns, spec.temperature, *weights, log_v, spec.near_below,
                 spec.label_smoothing,
                 **kind, **hard_kind, **tiles, **options,
             )  # fmt: skip
@@ -525,7 +526,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
             )  # fmt: skip
         slice_gradient_kernel[grid if grad is not None else (count, 1)](
             z, u, y, hard_scale, soft_scale, z_scale, hard, soft, stats, states, sums, grad,
-            *inputs, *row_strides(grad), n, columns, width, slices, spec.temperature, *weights, near_below,
+            *inputs, *row_strides(grad), n, columns, width, slices, spec.temperature, *weights, spec.near_below,
             spec.label_smoothing,
             **kind, **hard_kind, MAX=MAX_SLICES, **tiles, **options,
         )  # fmt: skip

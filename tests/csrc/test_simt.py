@@ -298,12 +298,15 @@ def test_minus_infinity(simt: Simt, member: Divergence, grid: Grid) -> None:
 
 @pytest.mark.parametrize("grid", BOTH_WAYS, ids=str)
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
-def test_a_nan_is_of_its_row_alone(simt: Simt, member: Divergence, grid: Grid) -> None:
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("filling", [math.nan, math.inf], ids=str)
+def test_a_nan_is_of_its_row_alone(simt: Simt, filling: float, whose: str, member: Divergence, grid: Grid) -> None:
     rows = make_rows(500, torch.float32)
-    rows.teacher[0, 0, 490] = math.nan
+    (rows.student if whose == "student" else rows.teacher)[0, 0, 490] = filling
     outputs = outputs_for(rows, grad=True)
     simt.kd_rows(rows, spec_of(member, 2.0, 500), outputs, grid)
     assert outputs["soft"].isnan().tolist() == [True, False]
+    assert outputs["dz"][0, 0].isnan().all()
     assert outputs["dz"][0, 1].isfinite().all()
 
 

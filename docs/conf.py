@@ -22,6 +22,8 @@ myst_heading_anchors = 3
 
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes
 autodoc_member_order = "bysource"
+# The frameworks of the integrations, which need not be installed.
+autodoc_mock_imports = ["lightning", "modelopt", "torchtune", "transformers", "trl"]
 
 # A reference in a docstring must lead somewhere, unless it is to PyTorch or to an exception of Python's.
 nitpicky = True

@@ -14,13 +14,21 @@
 namespace fastkd {
 inline namespace FASTKD_ISA {
 
-// What goes from u before d is taken: a teacher's logits may lie at some distance above the student's, and the rounding
-// of u − z is of its size. None where the two are close, whose difference is exact.
-FASTKD_HD float offset_between(float z_peak, float u_peak) { return 8.0f * rint((u_peak - z_peak) * 0.125f); }
+// What goes from z and u before d is taken: the two sets of logits may lie at some distance, and the rounding of u − z
+// is of its size. It goes from the one that is farther from 0, which loses nothing by it, the other being left as it is.
+// None where the two are close, whose difference is exact.
+struct Offsets {
+    float z, u;
+};
+FASTKD_HD Offsets offsets_between(float z_peak, float u_peak) {
+    const float distance = 8.0f * rint((u_peak - z_peak) * 0.125f);
+    if (abs(z_peak) > abs(u_peak)) return {-distance, 0.0f};
+    return {0.0f, distance};
+}
 
-// d = log p_t − log p_s = (u − z)/T − shift, both less the offset.
-FASTKD_HD float log_ratio(float z, float u, float offset, float inv_t, float shift) {
-    u -= offset;
+// d = log p_t − log p_s = (u − z)/T − shift, both less their offsets.
+FASTKD_HD float log_ratio(float z, float u, float z_offset, float u_offset, float inv_t, float shift) {
+    z -= z_offset, u -= u_offset;
     return (u == z ? 0.0f : u - z) * inv_t - shift;  // u == z: both may be −inf
 }
 

@@ -244,12 +244,15 @@ def kl_from_mean(mean, log_r, bound):
 
 
 @triton.jit
-def offset_and_shift(z_shift, u_shift, log_r, inv_t):
-    """(c, shift) of d = ((u − c) − z)/T − shift. Where the peaks are far apart c takes the distance out of u before the
-    difference is rounded; where they are close it is 0, and u − z exact."""
+def offsets_and_shift(z_shift, u_shift, log_r, inv_t):
+    """(c_z, c_u, shift) of d = ((u − c_u) − (z − c_z))/T − shift. Where the peaks are far apart the distance goes, before
+    the difference is rounded, from the one that is farther from 0; where they are close both are 0, and u − z exact."""
     distance = u_shift - z_shift
-    offset = tl.where(tl.abs(distance) < 4.0, 0.0, tl.floor(distance + 0.5))
-    return offset, ((u_shift - offset) - z_shift) * inv_t + log_r
+    distance = tl.where(tl.abs(distance) < 4.0, 0.0, tl.floor(distance + 0.5))
+    of_student = tl.abs(z_shift) > tl.abs(u_shift)
+    z_offset = tl.where(of_student, -distance, 0.0)
+    u_offset = tl.where(of_student, 0.0, distance)
+    return z_offset, u_offset, ((u_shift - u_offset) - (z_shift - z_offset)) * inv_t + log_r
 
 
 @triton.jit
@@ -295,7 +298,7 @@ def slice_exact_sums(
     sum_excess = of_lanes(0.0, BLOCK, VEC)
     k = inv_t * LOG2_E
     log2_r = log2_odds(w, MIX)
-    offset, shift = offset_and_shift(z_shift, u_shift, log_r, inv_t)
+    z_offset, u_offset, shift = offsets_and_shift(z_shift, u_shift, log_r, inv_t)
     for masked in tl.static_range(1, -1, -1):
         first, end = tile_range(length, NO_TILE, BLOCK, PEEL, masked)
         for i in tl.range(first, end):
@@ -305,7 +308,7 @@ def slice_exact_sums(
             x = z - z_shift
             p_s = tl.exp2(x * k - log_s * LOG2_E)
             p_t = tl.exp2((u - u_shift) * k - (log_s + log_r) * LOG2_E)
-            d = ((u - offset) - z) * inv_t - shift
+            d = ((u - u_offset) - (z - z_offset)) * inv_t - shift
             b = x * inv_t - log_s
             sum_term += lane_sum(exact_term(b, d, p_t, p_s, c_t, c_s, w, FORMULA, MIX, FAST_LOG))
             if FORMULA == TOTAL_VARIATION:
@@ -394,7 +397,7 @@ def slice_gradient(
     """
     k = inv_t * LOG2_E
     if SOFT:
-        offset, shift = offset_and_shift(z_shift, u_shift, log_r, inv_t)
+        z_offset, u_offset, shift = offsets_and_shift(z_shift, u_shift, log_r, inv_t)
         infinite = grad_sum == float("inf")  # an infinite reverse KL has no gradient
         scale = tl.where(infinite, 0.0, soft_scale * inv_t)
         scale = tl.where(log_r == log_r, scale, float("nan"))  # a minimum and mul0 hide a NaN of the logits
@@ -446,7 +449,7 @@ def slice_gradient(
                     if masked:
                         hard = tl.where(is_label, 0.0, hard)
                     factor += hard
-                d = ((u - offset) - z) * inv_t - shift
+                d = ((u - u_offset) - (z - z_offset)) * inv_t - shift
                 if MIX == MIX_STUDENT and FORMULA != TOTAL_VARIATION:
                     if FORM == NEAR:
                         p_t = excess_of_teacher(d, p_t, p_s)

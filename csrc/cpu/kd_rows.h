@@ -195,10 +195,11 @@ class Row {
         return {static_cast<float>(term), static_cast<float>(g), static_cast<float>(other), static_cast<float>(excess)};
     }
 
-    // Offset and shift of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).
+    // Offsets and shift of d, given log Σ exp((u − peak)/T) − log Σ exp((z − peak)/T).
     void set_ratio(double log_sums) {
-        base_.offset = offset_between(z_peak_, u_peak_);
-        const double distance = static_cast<double>(u_peak_) - base_.offset - z_peak_;
+        const Offsets offsets = offsets_between(z_peak_, u_peak_);
+        base_.z_offset = offsets.z, base_.u_offset = offsets.u;
+        const double distance = (static_cast<double>(u_peak_) - offsets.u) - (static_cast<double>(z_peak_) - offsets.z);
         base_.shift = static_cast<float>(distance / p_.temperature + log_sums);
     }
 

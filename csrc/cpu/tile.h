@@ -97,7 +97,7 @@ FASTKD_TILE_LOOP inline void exponentials(const float* z, const float* u, int n,
 struct TileFactors {
     float p_s = 0.0f, p_t = 0.0f;               // p_s = p_s_factor·e_s, p_t = p_t_factor·e_t
     float u_peak = 0.0f, k = 0.0f, p_t_of_peak = 0.0f;  // p_t = p_t_of_peak·2^((u − u_peak)·k)
-    float offset = 0.0f, inv_t = 1.0f, shift = 0.0f;  // d = (u − offset − z)·inv_t − shift
+    float z_offset = 0.0f, u_offset = 0.0f, inv_t = 1.0f, shift = 0.0f;  // of d, see log_ratio
     float soft = 0.0f, grad_sum = 0.0f;         // soft_scale/T, G
     float other_side = 0.0f;                    // of a two-sided g: 1 for the one less p_s
     float hard = 0.0f, constant = 0.0f;         // hard_scale·p_h = hard·e_h; what is added to every column
@@ -117,7 +117,7 @@ FASTKD_TILE_LOOP inline void evaluate(const Functor& functor, const float* z, co
     const TileFactors f = by;
 #pragma omp simd reduction(+ : sum_term, sum_g, sum_other, sum_excess)
     for (int j = 0; j < n; ++j) {
-        const float d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift), p_s = f.p_s * e_s[j];
+        const float d = log_ratio(z[j], u[j], f.z_offset, f.u_offset, f.inv_t, f.shift), p_s = f.p_s * e_s[j];
         const float p_t = kNear ? f.p_t_of_peak * exp2((u[j] - f.u_peak) * f.k) : f.p_t * e_t[j];
         const TermGrad column = functor.template column<kNear>(d, p_t, p_s);
         sum_term += column.term;
@@ -152,7 +152,8 @@ FASTKD_TILE_LOOP inline void gradient(const Functor& functor, const float* z, co
             TermGrad column = {0.0f, e_t[j]};
             if constexpr (kSource == GradSource::kFunctor) {
                 float d = 0.0f;
-                if constexpr (Functor::kGradNeedsRatio) d = log_ratio(z[j], u[j], f.offset, f.inv_t, f.shift);
+                if constexpr (Functor::kGradNeedsRatio)
+                    d = log_ratio(z[j], u[j], f.z_offset, f.u_offset, f.inv_t, f.shift);
                 column = functor.template column<false>(d, f.p_t * e_t[j], p_s);
             }
             if constexpr (Functor::kTwoSided) column.g -= f.other_side * p_s;

@@ -348,11 +348,11 @@ struct KDRow {
     template <bool kNear>
     FASTKD_D TermGrad evaluate(const RowNumbers& row, float z, float u, float& p_s, float& excess) const {
         const float lse_t = row.lse_s + row.log_ratio * kLog2E;
-        const float offset = offset_between(row.z_peak, row.u_peak);
-        const float shift = (row.u_peak - offset - row.z_peak) * inv_t() + row.log_ratio;
+        const Offsets offsets = offsets_between(row.z_peak, row.u_peak);
+        const float shift = ((row.u_peak - offsets.u) - (row.z_peak - offsets.z)) * inv_t() + row.log_ratio;
         const float p_t = exp2((u - row.u_peak) * k - lse_t);
         p_s = exp2((z - row.z_peak) * k - row.lse_s);
-        const float d = log_ratio(z, u, offset, inv_t(), shift);
+        const float d = log_ratio(z, u, offsets.z, offsets.u, inv_t(), shift);
         excess = kNear ? Excess(d, p_t, p_s).mass : 0.0f;
         return linear.functor.template column<kNear>(d, p_t, p_s);
     }

@@ -280,13 +280,15 @@ class _Columns:
 def _log_ratio(spec: RowSpec, chunk: Rows, z: Tensor, stats: Tensor) -> Tensor:
     """d = (u − z)/T − shift: from the difference of the logits, which is exact where they are close.
 
-    Where they are not it keeps its digits if their offset goes first.
+    Where they are not it keeps its digits if their offset goes first, from the ones that are farther from 0.
     """
     assert chunk.teacher is not None
     u, z_peak, u_peak = chunk.teacher, stats[:, PEAK_STUDENT, None], stats[:, PEAK_TEACHER, None]
     offset = ((u_peak - z_peak) / 8.0).round_() * 8.0
     if not offset.is_cpu or bool(offset.any()):
-        u, u_peak = u - offset, u_peak - offset
+        of_student = z_peak.abs() > u_peak.abs()
+        z_offset, u_offset = torch.where(of_student, -offset, 0.0), torch.where(of_student, 0.0, offset)
+        z, z_peak, u, u_peak = z - z_offset, z_peak - z_offset, u - u_offset, u_peak - u_offset
     inv_t = 1.0 / spec.temperature
     return _no_nan((u - z).mul_(inv_t).sub_((u_peak - z_peak) * inv_t + stats[:, LOG_RATIO, None]))
 

@@ -195,8 +195,9 @@ def test_far_from_0(simt: Simt, member: Divergence, temperature: float, grid: Gr
     check(simt, rows, spec_of(member, temperature, 500, smoothing=0.1), grid)
 
 
-# Size of the logits, noise of the teacher about the student (None: logits of its own), its offset.
-REGIMES = [(1, None, 0), (8, None, 0), (3, 0.1, 0), (3, 1e-2, 0), (2, 0.5, 100), (2, 0.5, 1e3), (2, 0.5, 1e4)]
+# Size of the logits, noise of the teacher about the student (None: logits of its own), its offset, negative the student's.
+REGIMES = [(1, None, 0), (8, None, 0), (3, 0.1, 0), (3, 1e-2, 0)]
+REGIMES += [(2, 0.5, offset) for offset in (100, 1e3, 1e4, -100, -1e3, -1e4)]
 
 
 @pytest.mark.parametrize(("size", "noise", "offset"), REGIMES)
@@ -207,7 +208,8 @@ def test_digits(simt: Simt, member: Divergence, size: float, noise: float | None
     if noise is None:
         rows.teacher.mul_(size / 3)
     else:
-        rows.teacher.copy_(rows.student + noise * torch.randn_like(rows.student) + offset)
+        rows.teacher.copy_(rows.student + noise * torch.randn_like(rows.student) + max(offset, 0))
+        rows.student.add_(min(offset, 0))
     spec = spec_of(member, 1.0, 1500)
     check(simt, rows, spec, Grid(2, True), tolerance=max(1e-5, error_of_plain_pytorch(rows, spec)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
@@ -47,3 +49,6 @@ class KLDivLoss(_Loss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         items = {"batchmean": input.shape[0], "mean": input.numel(), "sum": None}[self.reduction]
         return self.loss_fn(input, target, num_items=items)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     if options.compare:
         try:
             compare(*(json.loads(path.read_text()) for path in options.compare))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return refuse(f"--compare: a file is missing, or none of this command's: {error}")
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -98,6 +98,7 @@ def choose(
         return _dispatch.choose(logits, place.backend, teacher, operation)
     if operation == "kd_rows":
         operation = "slice_sums"
+    # In backward, whose ranks meet no more, it is the choice that forward made, and nothing raises.
     chosen = raise_together(place, logits, lambda: _dispatch.choose(logits, place.backend, teacher, operation))
     return Sliced(chosen, place, agreed)
 

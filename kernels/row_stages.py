@@ -371,8 +371,8 @@ def rounded_normaliser(shift, log_sum, k):
 @triton.jit
 def factor_of(shift, k):
     """What exponents relative to a peak are multiplied by: k, or 1 of a huge peak, whose product with k is rounded by
-    much or overflows. Logits that differ there do so by 64 or more: all but the largest are nothing, whatever k is."""
-    return tl.where(tl.abs(shift) > 536870912.0, 1.0, k)
+    much or overflows. Logits that differ there do so by 64 or more, and times k too: all but the largest are nothing."""
+    return tl.where(tl.abs(shift) * tl.minimum(k, 1.0) > 536870912.0, 1.0, k)
 
 
 @triton.jit

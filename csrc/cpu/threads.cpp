@@ -52,16 +52,17 @@ struct Job {
         }
     }
 
-    // Throws std::bad_alloc before it takes a row.
+    // Throws std::bad_alloc before it takes a row. A thread for which none is left takes no memory either.
     void work() {
+        if (next.load(std::memory_order_relaxed) >= rows) return;
         float* scratch = scratch_of(scratch_floats);
         for (int64_t first; (first = next.fetch_add(run, std::memory_order_relaxed)) < rows;)
             for (int64_t i = first; i < rows && i < first + run; ++i) row(context, i, scratch);
     }
 };
 
-// What GCC compiles "#pragma omp parallel" to; LLVM's library has it too. Null in a forked child, whose threads are gone
-// though the library does not know.
+// What GCC compiles "#pragma omp parallel" to; LLVM's library has it too. Null in a child forked since this was loaded,
+// whose threads are gone though the library does not know.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 const pid_t loaded_by = getpid();
 

@@ -98,7 +98,8 @@ def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
             # With the masses m − p, whose sum over the row is 0, each is >= 0: where those of the slice are not small,
             # neither is the value.
             of_masses = sum(one.c_s * one.w - one.c_t * (1.0 - one.w) for one in spec.summands)
-            parts = (terms.add_(columns.p_t - columns.p_s, alpha=of_masses), g) * 2
+            terms = torch.add(terms, columns.p_t - columns.p_s, alpha=of_masses)  # apart from g, which it may be
+            parts = (terms, g) * 2
             if not z.is_cpu or bool((terms.sum(-1) < NEAR * (spec.c_t + spec.c_s)).any()):
                 parts = *parts[:2], *_near(spec, columns)
         torch.stack([part.sum(-1) for part in parts], -1, out=sums[at])

@@ -117,7 +117,8 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
     part.touch()
     mode = part.stat().st_mode
     write(part)
-    part.chmod(mode)  # what safetensors writes nobody else may read
+    if part.stat().st_mode != mode:  # what safetensors writes nobody else may read
+        part.chmod(mode)
     _sync(part)
     os.replace(part, path)
     _sync(path.parent)  # the name

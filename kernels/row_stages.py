@@ -245,8 +245,9 @@ def kl_from_mean(mean, log_r, bound):
 
 @triton.jit
 def offsets_and_shift(z_shift, u_shift, log_r, inv_t):
-    """(c_z, c_u, shift) of d = ((u − c_u) − (z − c_z))/T − shift. Where the peaks are far apart the distance goes, before
-    the difference is rounded, from the one that is farther from 0; where they are close both are 0, and u − z exact."""
+    """(c_z, c_u, shift) of d = ((u − c_u) − (z − c_z))/T − shift. Where the peaks are far apart the distance goes,
+    before the difference is rounded, from the one that is farther from 0; where they are close both are 0, and u − z
+    exact."""
     distance = u_shift - z_shift
     distance = tl.where(tl.abs(distance) < 4.0, 0.0, tl.floor(distance + 0.5))
     of_student = tl.abs(z_shift) > tl.abs(u_shift)
@@ -371,7 +372,7 @@ def rounded_normaliser(shift, log_sum, k):
 @triton.jit
 def factor_of(shift, k):
     """What exponents relative to a peak are multiplied by: k, or 1 of a huge peak, whose product with k is rounded by
-    much or overflows. Logits that differ there do so by 64 or more, and times k too: all but the largest are nothing."""
+    much or overflows. Logits that differ there do so by 64 or more, times k too: the others are nothing."""
     return tl.where(tl.abs(shift) * tl.minimum(k, 1.0) > 536870912.0, 1.0, k)
 
 

@@ -195,7 +195,7 @@ def test_far_from_0(simt: Simt, member: Divergence, temperature: float, grid: Gr
     check(simt, rows, spec_of(member, temperature, 500, smoothing=0.1), grid)
 
 
-# Size of the logits, noise of the teacher about the student (None: logits of its own), its offset, negative the student's.
+# Size of the logits, noise of the teacher about the student (None: logits of its own), its offset (< 0: the student's).
 REGIMES = [(1, None, 0), (8, None, 0), (3, 0.1, 0), (3, 1e-2, 0)]
 REGIMES += [(2, 0.5, offset) for offset in (100, 1e3, 1e4, -100, -1e3, -1e4)]
 

@@ -361,6 +361,8 @@ struct KDRow {
 
     // Folds what stage 3 needs of a row into coefficients.
     FASTKD_D void fold(RowNumbers& row, const Task& task) {
+        // What is NaN or +inf in the logits comparisons hide; the normalisers do not.
+        if (!(row.log_ratio < kInfinity)) row.soft = row.grad_sum = kNaN;
         const float z_rounding = rounding_of(row.z_peak, k);
         const float z_weight = 2.0f * z_scale(task.row);
         const float z_grad = z_weight == 0.0f ? 0.0f : z_weight * (row.z_peak + row.lse_h * kLn2);
@@ -374,15 +376,9 @@ struct KDRow {
         row.hard_factor = has_hard ? hard(rounding_of(row.z_peak, kLog2E)) : 0.0f;
         row.label_hard = task.hard_scale * ((grid.smooths ? p.smoothing - uniform() : 0.0f) - row.rest);
         row.label_hard += z_grad * (1.0f - row.rest);
-        linear.fold(row.sums, row.grad_sum, row.other_side, soft_factor(row, task), constant);
+        linear.fold(row.sums, row.grad_sum, row.other_side, task.soft_scale * inv_t(), constant);
         row.soft_term = linear.c;
     }
-
-    // Of the soft term's gradient. What is NaN or +inf in the logits comparisons hide; the normalisers do not.
-    FASTKD_D float soft_factor(const RowNumbers& row, const Task& task) const {
-        return has_numbers(row) ? task.soft_scale * inv_t() : kNaN;
-    }
-    FASTKD_D bool has_numbers(const RowNumbers& row) const { return row.log_ratio < kInfinity; }
 
     FASTKD_D float uniform() const { return grid.smooths ? p.smoothing / static_cast<float>(p.n) : 0.0f; }
 
@@ -402,7 +398,7 @@ struct KDRow {
                          const Place& place) {
         const float z_origin = origin_of(row.z_peak, k), u_origin = kSoft ? origin_of(row.u_peak, k) : 0.0f;
         const float hard_origin = origin_of(row.z_peak, kLog2E), even = task.hard_scale * uniform();
-        const auto factor = [&] { return soft_factor(row, task); };
+        const auto factor = [&] { return task.soft_scale * inv_t(); };
         // factor·(g − p_s·G), and what of the hard term is folded in.
         const auto tempered = [&](const Linear<Functor>& by, float square, float z, float u) {
             if constexpr (kForm == Form::kLinear) {
@@ -482,7 +478,7 @@ struct KDRow {
 
     FASTKD_D void write(const RowNumbers& row, int index) const {
         p.hard[index] = row.hard;
-        p.soft[index] = has_numbers(row) ? (row.soft < 0.0f ? 0.0f : row.soft) + row.entropy : kNaN;
+        p.soft[index] = (row.soft < 0.0f ? 0.0f : row.soft) + row.entropy;
         float* stats = p.stats + static_cast<int64_t>(index) * kNumStats;
         stats[kPeakStudent] = row.z_peak;
         stats[kPeakTeacher] = row.u_peak;

@@ -79,7 +79,7 @@ def is_heavy(gpu: Gpu, mix: Mix, peel: bool, two_moments: bool) -> bool:
     """Whether the row kernel spills at MAX_REGISTERS.
 
     So does a divergence of two moments, and a true mixture whose rows are unaligned, or on Blackwell. Any other mixture
-    spills 8 bytes on sm_80 before Triton 3.9: not worth half the warps, all that so many registers leave an SM.
+    may spill 8 bytes on sm_80 before Triton 3.9: not worth half the warps, all that so many registers leave an SM.
     """
     return two_moments or (mix == Mix.BOTH and (peel or (gpu.is_nvidia and gpu.arch >= 100)))
 

@@ -61,6 +61,11 @@ class RowSpec(NamedTuple):
         return forward, self._replace(formula=Formula.MIXTURE_KL, c_t=0.0, w=1.0)
 
     @property
+    def imbalance(self) -> float:
+        """κ = c_s·w − c_t·(1−w), 0 for every JSD: c_t·(m − p_t) + c_s·(m − p_s) = κ·(p_t − p_s)."""
+        return self.c_s * self.w - self.c_t * (1.0 - self.w)
+
+    @property
     def near_below(self) -> float:
         """Of the family, below this a row takes the near form. A mixture's largest value may itself be small."""
         weight = self.c_t + self.c_s

@@ -488,7 +488,7 @@ def kd_rows(rows: Rows, spec: RowSpec, hard, soft, stats, grad) -> None:
     tiles = alignment(z, u, grad)
     slices, width = slices_of(gpu, count, columns, tiles["VEC"])
     kind = {
-        "FORMULA": int(spec.formula), "MIX": int(mix), "BALANCED": spec.c_s * spec.w == spec.c_t * (1.0 - spec.w),
+        "FORMULA": int(spec.formula), "MIX": int(mix), "BALANCED": spec.imbalance == 0.0,
         "MOMENT": moment_rule(spec.formula, mix), "FAST_LOG": gpu.is_nvidia,
     }  # fmt: skip
     hard_kind = hard_kind_of(spec)

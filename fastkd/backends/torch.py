@@ -97,8 +97,8 @@ def slice_sums(rows: Rows, spec: RowSpec, stats: Tensor, sums: Tensor) -> None:
             terms, g = _far(spec, columns)
             # With the masses m − p, whose sum over the row is 0, each is >= 0: where those of the slice are not small,
             # neither is the value.
-            of_masses = sum(one.c_s * one.w - one.c_t * (1.0 - one.w) for one in spec.summands)
-            terms = torch.add(terms, columns.p_t - columns.p_s, alpha=of_masses)  # apart from g, which it may be
+            kappa = sum(one.imbalance for one in spec.summands)
+            terms = torch.add(terms, columns.p_t - columns.p_s, alpha=kappa)  # apart from g, which it may be
             parts = (terms, g) * 2
             if not z.is_cpu or bool((terms.sum(-1) < NEAR * (spec.c_t + spec.c_s)).any()):
                 parts = *parts[:2], *_near(spec, columns)
@@ -433,7 +433,7 @@ def _near(spec: RowSpec, columns: _Columns) -> tuple[Tensor, Tensor]:
     m = torch.lerp(p_s, p_t, w)
     log_s = (excess * w).log1p_().neg_()  # log(p_s/m)
     terms = c_t * _bregman(p_t, d + log_s, m) + c_s * _bregman(p_s, log_s, m)
-    slope = (excess / (excess * w + 1.0)).mul_((c_s * w - c_t * (1.0 - w)) * (1.0 - w)).add_(log_s, alpha=c_s)
+    slope = (excess / (excess * w + 1.0)).mul_(spec.imbalance * (1.0 - w)).add_(log_s, alpha=c_s)
     return terms, slope.mul_(p_s)
 
 
